@@ -1,0 +1,145 @@
+"""The command `braid`; it only parses and calls. Heavy packages are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="braid",
+    help="Raw text, images and audio to one token stream, and one transformer on it.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+tokenizer_app = typer.Typer(help="Train the image and audio tokenizers.", no_args_is_help=True)
+quarantine_app = typer.Typer(help="What could not be tokenized, and why.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(quarantine_app, name="quarantine")
+
+out = Console()
+err = Console(stderr=True)
+
+Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that win over the file: a.b=value ...")]
+DatasetArgument = Annotated[str, typer.Argument(help="Folder or URI of a token dataset.")]
+Version = Annotated[int | None, typer.Option(help="A pinned version; the newest by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def main() -> None:
+    """Run the command; a fault that Braid itself found ends in one message, not in a traceback."""
+    try:
+        app()
+    except Exception as error:
+        # Braid's own errors are messages for the user. Anything else is a bug, and its traceback belongs on the screen.
+        if type(error).__module__.partition(".")[0] not in ("pipelines", "model", "slurm"):
+            raise
+        err.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        sys.exit(2 if type(error).__name__ == "RecipeError" else 1)
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+@app.command()
+def tokenize(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+) -> None:
+    """Turn raw text, pictures and sound into a token dataset.
+
+    Only what is new or changed since the last run is done, exactly once, wherever an earlier run was stopped.
+    """
+    from pipelines.recipe import dump_recipe, read_recipe
+    from pipelines.tokenize.recipe import TokenizeRecipe
+
+    settings = read_recipe(TokenizeRecipe, recipe, overrides or [])
+    if dry_run:
+        from pipelines.tokenize.estimate import estimate, render
+
+        out.print(dump_recipe(settings), highlight=False, soft_wrap=True)
+        render(estimate(settings), out, settings.workers)
+        return
+    from pipelines.tokenize.job import tokenize as run
+    from pipelines.tokenize.progress import ProgressBar
+
+    with ProgressBar(out) as progress:
+        summary = run(settings, progress)
+    if not summary.units:
+        out.print(
+            f"{summary.dataset}: nothing to do, all {summary.already_done:,} units are in version {summary.version}."
+        )
+        return
+    tokens = ", ".join(f"{count:,} {modality}" for modality, count in summary.tokens.items())
+    out.print(
+        f"{summary.dataset}: version {summary.version} has {summary.documents:,} new documents ({tokens} tokens), "
+        f"{summary.rejects:,} in quarantine; {summary.units:,} units in {summary.seconds:.0f} s.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def stats(dataset: DatasetArgument, version: Version = None, as_json: AsJson = False) -> None:
+    """Say what is in a token dataset: documents, tokens, lengths, codebook use, quarantine."""
+    from pipelines.report.summary import render, summarize
+    from pipelines.shards.dataset import Dataset
+
+    figures = summarize(Dataset.open(dataset, version))
+    if as_json:
+        print(json.dumps(figures, indent=2))
+    else:
+        render(figures, out)
+
+
+@app.command()
+def show(
+    dataset: DatasetArgument,
+    rows: Annotated[list[str], typer.Argument(help="Rows, each by its index, or by its id or a beginning of it.")],
+    folder: Annotated[Path | None, typer.Option("--out", help="Write text, PNG and WAV files there.")] = None,
+    version: Version = None,
+) -> None:
+    """Turn rows back into text, pictures and sound."""
+    from pipelines.shards.dataset import Dataset
+    from pipelines.show import show as run
+
+    for shown in run(Dataset.open(dataset, version), rows, folder):
+        out.print(
+            f"[bold]row {shown.row_id[:12]}[/] from {shown.source}, {shown.num_tokens:,} tokens",
+            highlight=False,
+            soft_wrap=True,
+        )
+        for span, file in zip(shown.spans, shown.files, strict=True):
+            where = f"  -> {file}" if file else ""
+            out.print(
+                f"  {span.modality.label:5}  {span.describe()}{where}", markup=False, highlight=False, soft_wrap=True
+            )
+
+
+@quarantine_app.command("list")
+def quarantine_list(dataset: DatasetArgument, version: Version = None, as_json: AsJson = False) -> None:
+    """List what could not be tokenized, with the reason."""
+    from pipelines.shards.dataset import Dataset
+
+    rows = Dataset.open(dataset, version).quarantined()
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        out.print(f"{row['source']}: {row['reason']}: {row['error']}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"{len(rows):,} documents in quarantine.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What `braid stats` says of a dataset version: figures from the roll-up, as plain data and as a terminal table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.shards.dataset import Dataset
+from pipelines.shards.statistics import MODALITIES, Statistics, entropy_bits, quantile
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def summarize(dataset: Dataset) -> dict[str, Any]:
+    """The figures of a dataset version as JSON values.
+
+    Keys: `dataset`, `version`, `fingerprint`, `shards`, `bytes`, `documents`, `distinct_documents` (HyperLogLog, 1.6%
+    standard error), `tokens` {text, image, audio, total}, `document_tokens` and `spans` {modality: {count, length}}
+    with quantiles (nearest rank; exact below 4,096, within 0.025% above), `sources`, `codebooks` (per codebook: size,
+    codes used, entropy in bits, perplexity), `quarantine` {reason: count}.
+    """
+    statistics = dataset.statistics()
+    shards = dataset.shards()
+    tokens = {modality: statistics.tokens(modality) for modality in MODALITIES}
+    return {
+        "dataset": dataset.uri,
+        "version": dataset.version,
+        "fingerprint": dataset.vocabulary.fingerprint,
+        "shards": len(shards),
+        "bytes": sum(shard.size for shard in shards),
+        "documents": statistics.documents,
+        "distinct_documents": statistics.distinct_documents,
+        "tokens": tokens | {"total": sum(tokens.values())},
+        "document_tokens": _quantiles(statistics.lengths),
+        "spans": {
+            modality: {"count": sum(counts.values()), "length": _quantiles(counts)}
+            for modality, counts in statistics.span_lengths.items()
+        },
+        "sources": {
+            name: {"documents": source.documents, "tokens": dict(source.tokens)}
+            for name, source in sorted(statistics.sources.items())
+        },
+        "codebooks": _codebooks(statistics, dataset),
+        "quarantine": dict(Counter(row["reason"] for row in dataset.quarantined()).most_common()),
+    }
+
+
+def _quantiles(counts: Counter[int]) -> dict[str, int]:
+    return {f"{q:g}": quantile(counts, q) for q in QUANTILES}
+
+
+def _codebooks(statistics: Statistics, dataset: Dataset) -> dict[str, dict[str, Any]]:
+    pieces = statistics.text_counts[: dataset.vocabulary.text_pieces]
+    codebooks: dict[str, NDArray[np.int64]] = {"text pieces": pieces}
+    if len(statistics.image_counts):
+        codebooks["image"] = statistics.image_counts
+    for index, counts in enumerate(statistics.audio_counts):
+        codebooks[f"audio {index}"] = counts
+    return {
+        name: {
+            "size": len(counts),
+            "used": int(np.count_nonzero(counts)),
+            "entropy_bits": round(entropy_bits(counts), 3),
+            "perplexity": round(2 ** entropy_bits(counts), 1),
+        }
+        for name, counts in codebooks.items()
+    }
+
+
+def render(figures: dict[str, Any], console: Console) -> None:
+    """Print the figures of `summarize` as tables."""
+    title = Text.assemble(
+        (figures["dataset"], "bold"), f"  version {figures['version']}, fingerprint {figures['fingerprint']}"
+    )
+    console.print(Group(title, _overview(figures), _sources(figures), _codebook_table(figures)))
+    if figures["quarantine"]:
+        table = Table("quarantine", "documents", title_justify="left")
+        for reason, count in figures["quarantine"].items():
+            table.add_row(reason, f"{count:,}")
+        console.print(table)
+    else:
+        console.print("Nothing is in quarantine.")
+
+
+def _overview(figures: dict[str, Any]) -> Table:
+    table = Table("", "tokens", "share", "spans", *(_quantile_name(q) for q in QUANTILES))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    total = max(figures["tokens"]["total"], 1)
+    for modality in MODALITIES:
+        tokens, spans = figures["tokens"][modality], figures["spans"][modality]
+        lengths = (f"{v:,}" for v in spans["length"].values()) if spans["count"] else ("-" for _ in QUANTILES)
+        table.add_row(modality, f"{tokens:,}", f"{tokens / total:.1%}", f"{spans['count']:,}", *lengths)
+    table.add_section()
+    table.add_row(
+        f"{figures['documents']:,} documents",
+        f"{figures['tokens']['total']:,}",
+        f"{figures['bytes'] / 1e6:,.1f} MB",
+        f"{figures['shards']:,} shards",
+        *(f"{v:,}" for v in figures["document_tokens"].values()),
+    )
+    distinct = figures["distinct_documents"]
+    table.caption = (
+        f"Lengths in tokens by quantile. About {distinct:,} documents of distinct content. "
+        "Tokens of a modality count its special tokens as text."
+    )
+    return table
+
+
+def _quantile_name(q: float) -> str:
+    return {0.0: "shortest", 0.5: "median", 1.0: "longest"}.get(q, f"{q:.0%}")
+
+
+def _sources(figures: dict[str, Any]) -> Table:
+    table = Table("source", "documents", *MODALITIES)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, source in figures["sources"].items():
+        table.add_row(name, f"{source['documents']:,}", *(f"{source['tokens'][m]:,}" for m in MODALITIES))
+    return table
+
+
+def _codebook_table(figures: dict[str, Any]) -> Table:
+    table = Table("codebook", "size", "used", "dead", "entropy (bits)", "perplexity")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, book in figures["codebooks"].items():
+        table.add_row(
+            name,
+            f"{book['size']:,}",
+            f"{book['used'] / max(book['size'], 1):.1%}",
+            f"{book['size'] - book['used']:,}",
+            f"{book['entropy_bits']:.2f}",
+            f"{book['perplexity']:,.1f}",
+        )
+    return table

@@ -1,0 +1,62 @@
+"""Open a committed shard so that no flipped bit of it is ever taken for data.
+
+Parquet's page checksums cover the pages; the footer has none of its own. So a shard's file name ends in the CRC-32 of its
+footer, and every reader opens shards here.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.shards.storage import Storage
+
+_TAIL = 8
+"""A Parquet file ends in the footer's length (4 bytes, little-endian) and `PAR1`."""
+
+
+class ShardError(ValueError):
+    """A shard's bytes are not those that were committed."""
+
+
+def footer_checksum(tail: bytes) -> str:
+    """CRC-32 of a footer as 8 hexadecimal digits, from a file's last bytes.
+
+    Args:
+        tail: the end of the file, at least the whole footer and the 8 bytes behind it.
+    """
+    length = int.from_bytes(tail[-_TAIL:-4], "little")
+    return f"{zlib.crc32(tail[-_TAIL - length :]):08x}"
+
+
+def open_shard(dataset: Storage, name: str) -> pq.ParquetFile:
+    """Open a shard of a dataset, its footer checked now and its pages as they are read.
+
+    Raises:
+        ShardError: the footer is not the one that was written; the message names file and remedy.
+    """
+    path = dataset.path(f"shards/{name}")
+    source = dataset.filesystem.open_input_file(path)
+    try:
+        size = source.size()
+        length = int.from_bytes(source.read_at(_TAIL, max(size - _TAIL, 0))[:4], "little")
+        tail = source.read_at(length + _TAIL, size - length - _TAIL) if length + _TAIL <= size else b""
+        if len(tail) < _TAIL or footer_checksum(tail) != name.removesuffix(".parquet").rpartition("-")[2]:
+            raise ShardError(
+                f"{path}: the footer is damaged (its checksum is not the one in the file's name); restore the file from "
+                "a copy, or remove it from the dataset and tokenize its inputs again"
+            )
+        return pq.ParquetFile(source, metadata=pq.read_metadata(pa.BufferReader(tail)), page_checksum_verification=True)
+    except BaseException:
+        source.close()
+        raise
+
+
+def read_footer(dataset: Storage, name: str) -> dict[str, str]:
+    """The `braid.` entries of a shard's footer, without the prefix."""
+    with open_shard(dataset, name) as file:
+        metadata = file.metadata.metadata or {}
+    prefix = b"braid."
+    return {k.removeprefix(prefix).decode(): v.decode() for k, v in metadata.items() if k.startswith(prefix)}

@@ -1,0 +1,161 @@
+"""Write one shard: a Parquet file under a name that no other attempt shares, invisible until a commit names it.
+
+Enters: rows and rejects of one work unit. Leaves: a `WrittenShard`, all that the driver needs to commit it. Always
+holds: the file is whole and on the disk before its `WrittenShard` exists; page checksums are on, because without them
+65 of 100 random bit flips came back as silently wrong tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from pipelines.corpus.documents import Reject
+from pipelines.sequence import Vocabulary
+from pipelines.shards.reader import footer_checksum
+from pipelines.shards.schema import FORMAT_VERSION, SCHEMA, Row, to_arrow
+from pipelines.shards.statistics import Statistics
+from pipelines.shards.storage import Storage, sync
+
+ROW_GROUP_TOKENS = 2_000_000
+"""About 14 MB in memory: small enough to read alone, large enough to compress."""
+
+REJECT_SCHEMA = pa.schema(
+    [
+        pa.field("source", pa.string()),
+        pa.field("position", pa.int64()),
+        pa.field("reason", pa.string()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenShard:
+    """A finished work unit whose files lie in the dataset but are not committed."""
+
+    unit: str
+    """Identity of the work unit."""
+    name: str
+    """File name of the shard, `<unit>-<attempt>-<footer checksum>.parquet`; the rejects' file has the same one."""
+    size: int
+    """Bytes of the shard."""
+    rows: int
+    rejects: int
+    rejects_size: int
+    """Bytes of the rejects' file, 0 where there is none."""
+    statistics: dict[str, Any]
+    """`Statistics.to_json`."""
+
+
+class ShardWriter:
+    """Collects the rows of one unit and writes them in row groups of bounded token count."""
+
+    def __init__(self, dataset: Storage, vocabulary: Vocabulary, unit: str, unit_record: dict[str, Any]) -> None:
+        self._dataset = dataset
+        self._unit = unit
+        self._record = unit_record
+        self._vocabulary = vocabulary
+        self.statistics = Statistics.empty(vocabulary)
+        self._pending: list[Row] = []
+        self._pending_tokens = 0
+        self._rows = self._size = 0
+        self._rejects: list[Reject] = []
+        # On the dataset's own disk, so that the finished file takes its name by a rename; else on this machine's.
+        folder = Path(dataset.path("shards")) if dataset.is_local else Path(tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        self._temporary = folder / f".{unit}-{uuid.uuid4().hex}.part"
+        self._writer = pq.ParquetWriter(
+            self._temporary,
+            SCHEMA,
+            compression="zstd",
+            compression_level=3,
+            # Ids hardly repeat, so a dictionary of them only costs; the other columns gain much from theirs.
+            use_dictionary=[
+                "modality_ids.list.element",
+                "source",
+                "spans.list.element.modality",
+                "spans.list.element.rows",
+                "spans.list.element.columns",
+            ],
+            write_page_checksum=True,
+            write_statistics=["row_id", "source", "num_tokens", "num_text", "num_image", "num_audio"],
+        )
+
+    def add(self, row: Row) -> None:
+        self._pending.append(row)
+        self._pending_tokens += len(row.sequence.token_ids)
+        if self._pending_tokens >= ROW_GROUP_TOKENS:
+            self._flush()
+
+    def reject(self, reject: Reject) -> None:
+        self._rejects.append(reject)
+
+    def finish(self) -> WrittenShard:
+        """Write what is pending and the footer, and force both files onto the disk."""
+        self._flush()
+        self._writer.add_key_value_metadata(
+            {
+                "braid.format_version": str(FORMAT_VERSION),
+                "braid.fingerprint": self._vocabulary.fingerprint,
+                "braid.unit": json.dumps(self._record),
+                "braid.statistics": json.dumps(self.statistics.to_json()),
+            }
+        )
+        self._writer.close()
+        name = self._publish()
+        return WrittenShard(
+            unit=self._unit,
+            name=name,
+            size=self._size,
+            rows=self._rows,
+            rejects=len(self._rejects),
+            rejects_size=self._write_rejects(name),
+            statistics=self.statistics.to_json(),
+        )
+
+    def _publish(self) -> str:
+        """Give the finished file its name in the dataset, after its bytes are safe."""
+        sync(self._temporary)
+        self._size = self._temporary.stat().st_size
+        with self._temporary.open("rb") as file:
+            file.seek(-8, os.SEEK_END)
+            length = int.from_bytes(file.read(4), "little")
+            file.seek(-8 - length, os.SEEK_END)
+            checksum = footer_checksum(file.read())
+        name = f"{self._unit}-{uuid.uuid4().hex[:12]}-{checksum}.parquet"
+        target = self._dataset.path(f"shards/{name}")
+        if self._dataset.is_local:
+            self._temporary.replace(target)
+        else:
+            pafs.copy_files(str(self._temporary), target, destination_filesystem=self._dataset.filesystem)
+            self._temporary.unlink()
+        return name
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        self.statistics.add(self._pending)
+        self._writer.write_batch(to_arrow(self._pending))
+        self._rows += len(self._pending)
+        self._pending, self._pending_tokens = [], 0
+
+    def _write_rejects(self, name: str) -> int:
+        if not self._rejects:
+            return 0
+        columns = [[getattr(r, field.name) for r in self._rejects] for field in REJECT_SCHEMA]
+        table = pa.table(columns, schema=REJECT_SCHEMA)
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        data = sink.getvalue().to_pybytes()
+        self._dataset.write(f"quarantine/{name}", data)
+        return len(data)

@@ -1,0 +1,110 @@
+"""`--dry-run`: what a job would do, estimated from documents that are really tokenized here and now."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.sequence import Modality
+from pipelines.shards.dataset import Dataset
+from pipelines.shards.schema import Row
+from pipelines.shards.statistics import MODALITIES
+from pipelines.tokenize.job import check_dataset
+from pipelines.tokenize.recipe import TokenizeRecipe
+from pipelines.tokenize.units import WorkUnit, dry_plan
+from pipelines.tokenize.worker import UnitWorker
+
+SAMPLED_UNITS = 3
+SAMPLED_DOCUMENTS = 8
+"""From each of so many units of a source so many documents are tokenized; nothing is written."""
+
+BYTES_PER_TOKEN = 2.4
+"""Of a zstd shard, as measured on real text and media."""
+
+
+@dataclass(kw_only=True)
+class Estimate:
+    """What is to be done, of one source or of all."""
+
+    units: int = 0
+    done: int = 0
+    input_bytes: int = 0
+    documents: float = 0.0
+    tokens: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MODALITIES, 0.0))
+    seconds: float = 0.0
+    """Of one worker."""
+
+
+def estimate(recipe: TokenizeRecipe) -> tuple[dict[str, Estimate], int]:
+    """Plan the job and try a few documents.
+
+    Returns:
+        The estimate for each source, and the number of units that are already done.
+    """
+    worker = UnitWorker(recipe)
+    dataset = Dataset.open(recipe.dataset) if Dataset.exists(recipe.dataset) else None
+    if dataset:
+        check_dataset(dataset, recipe, worker.vocabulary)
+    plan = dry_plan(dataset, recipe.sources, recipe.units)
+    by_source = {source.name: [u for u in plan.pending if u.source == source.name] for source in recipe.sources}
+    return {name: _estimate(worker, units) for name, units in by_source.items()}, plan.done
+
+
+def _estimate(worker: UnitWorker, units: list[WorkUnit]) -> Estimate:
+    total = Estimate(units=len(units), input_bytes=sum(unit.size for unit in units))
+    sampled_bytes, sampled = 0.0, Estimate()
+    for unit in units[:: max(1, len(units) // SAMPLED_UNITS)][:SAMPLED_UNITS]:
+        began = time.monotonic()
+        rows = worker.sample(unit, SAMPLED_DOCUMENTS)
+        sampled.seconds += time.monotonic() - began
+        for row, size in rows:
+            sampled_bytes += size
+            sampled.documents += 1
+            if isinstance(row, Row):
+                for modality in Modality:
+                    sampled.tokens[modality.label] += row.sequence.count(modality)
+    if sampled_bytes:
+        scale = total.input_bytes / sampled_bytes
+        total.documents = sampled.documents * scale
+        total.seconds = sampled.seconds * scale
+        total.tokens = {modality: count * scale for modality, count in sampled.tokens.items()}
+    return total
+
+
+def render(result: tuple[dict[str, Estimate], int], console: Console, workers: int | None) -> None:
+    """Print an estimate as a table."""
+    estimates, done = result
+    table = Table("source", "units", "input", "documents", *MODALITIES, "output", "one worker")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, e in estimates.items():
+        tokens = sum(e.tokens.values())
+        table.add_row(
+            name,
+            f"{e.units:,}",
+            f"{e.input_bytes / 1e6:,.1f} MB",
+            f"~{e.documents:,.0f}",
+            *(f"~{e.tokens[m]:,.0f}" for m in MODALITIES),
+            f"~{tokens * BYTES_PER_TOKEN / 1e6:,.1f} MB",
+            _duration(e.seconds),
+        )
+    console.print(table)
+    count = workers or os.cpu_count() or 1
+    seconds = sum(e.seconds for e in estimates.values()) / count
+    units = sum(e.units for e in estimates.values())
+    console.print(
+        f"{units:,} units to do, {done:,} done. About {_duration(seconds)} with {count} workers, after some 15 s to start. "
+        "Documents, tokens and time are scaled up from a sample that was tokenized just now; nothing was written.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

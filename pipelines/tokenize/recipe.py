@@ -1,0 +1,100 @@
+"""The recipe of a tokenize job."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipelines.corpus.sources import Source
+from pipelines.interleave import MEDIA_OPENING
+from pipelines.recipe import Settings
+from pipelines.sequence import MAX_FRAMES, MAX_NUMBER
+
+DOCUMENT_MARKS = 2
+"""`<|document|>` and `<|end|>`."""
+
+
+class TextTokenizerSettings(Settings):
+    model: str = "mistral-v1"
+    """A SentencePiece `.model` file, or the name of a packaged one."""
+
+
+class ImageTokenizerSettings(Settings):
+    checkpoint: str = "drawings"
+    """A tokenizer's folder, or the name of a shipped one."""
+    rows: int = Field(16, ge=1, le=MAX_NUMBER)
+    """Rows of codes: every picture is scaled to rows x columns codes."""
+    columns: int = Field(16, ge=1, le=MAX_NUMBER)
+    fit: Literal["pad", "crop"] = "pad"
+    """Show the whole picture on white, or fill the frame and cut what sticks out."""
+
+
+class AudioTokenizerSettings(Settings):
+    checkpoint: str = "speech"
+    n_q: int | None = Field(None, ge=1)
+    """Codebooks to use; all of the checkpoint's by default."""
+    max_frames: int = Field(MAX_FRAMES, ge=1, le=MAX_FRAMES)
+    """Longer audio becomes several spans of at most so many frames."""
+    max_seconds: float = Field(3600.0, gt=0)
+    """Longer files are quarantined."""
+    loudness_db: float | None = Field(None, le=0)
+    """Scale each sound to this RMS level, in dB of full scale; null keeps it."""
+
+
+class TokenizerSettings(Settings):
+    text: TextTokenizerSettings = TextTokenizerSettings()
+    image: ImageTokenizerSettings | None = None
+    audio: AudioTokenizerSettings | None = None
+
+
+class UnitSettings(Settings):
+    """How the corpus is cut into units of work, each of which becomes one shard."""
+
+    bytes: int = Field(256 * 2**20, ge=1)
+    """Inputs are grouped up to this size; larger divisible ones (JSON lines) are split."""
+    inputs: int = Field(1000, ge=1)
+    """At most so many inputs in one unit."""
+    tries: int = Field(3, ge=1)
+    """How often a unit is tried whose worker died, before the job gives up."""
+
+
+class TokenizeRecipe(Settings):
+    """Everything that decides what a tokenize job makes."""
+
+    dataset: str
+    """Folder or URI of the token dataset; it is made if it is not there."""
+    sources: list[Source] = Field(min_length=1)
+    tokenizers: TokenizerSettings = TokenizerSettings()
+    sequence_length: int = Field(4096, ge=64)
+    """The training sequence that every media span must fit, with the tokens that open and close its document."""
+    validation_share: float = Field(0.01, ge=0, lt=1)
+    """Share of the source identities that are held out from training."""
+    error_budget: float = Field(0.01, ge=0, le=1)
+    """Share of the documents that may be quarantined before the job fails."""
+    units: UnitSettings = UnitSettings()
+    workers: int | None = Field(None, ge=1)
+    """Worker processes; one for each CPU by default."""
+    threads: int = Field(1, ge=1)
+    """Threads of each worker. Codes may differ in the last place between thread counts, so it is pinned."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [source.name for source in self.sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"sources: two are named {twice[0]}; rows are told apart by the source's name")
+        image = self.tokenizers.image
+        marks = DOCUMENT_MARKS + MEDIA_OPENING
+        if image and image.rows * image.columns + marks > self.sequence_length:
+            raise ValueError(
+                f"tokenizers.image: {image.rows} x {image.columns} codes and {marks} special tokens do not fit "
+                f"sequence_length {self.sequence_length}; raise it or lower rows and columns"
+            )
+        audio = self.tokenizers.audio
+        if audio and audio.n_q and audio.max_frames * audio.n_q + marks > self.sequence_length:
+            most = (self.sequence_length - marks) // audio.n_q
+            raise ValueError(
+                f"tokenizers.audio.max_frames: {audio.max_frames} frames of {audio.n_q} codes and {marks} special tokens "
+                f"do not fit sequence_length {self.sequence_length}; set at most {most}"
+            )
+        return self
