@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
     parser.add_argument("--language", default="fr", help="of captions and voices, such as fr, es, ca, ru (default: fr)")
     parser.add_argument("--stamps", type=int, default=None, help="how many pictures to use")
-    parser.add_argument("--packages", type=Path, default=None, help="folder with the Debian packages, if there is no apt-get")
+    parser.add_argument(
+        "--packages", type=Path, default=None, help="folder with the Debian packages, if there is no apt-get"
+    )
     arguments = parser.parse_args()
     console = Console(highlight=False)
     began = time.monotonic()
@@ -61,7 +63,9 @@ def main() -> None:
 
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     console.rule(f"Done in {minutes} min {seconds} s", align="left")
-    console.print(f"  {corpus}   the raw corpus\n  {dataset}   the token dataset\n  {rows}     rows decoded back", soft_wrap=True)
+    console.print(
+        f"  {corpus}   the raw corpus\n  {dataset}   the token dataset\n  {rows}     rows decoded back", soft_wrap=True
+    )
 
 
 def _rows_with_media(dataset: Dataset) -> list[str]:

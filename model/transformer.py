@@ -1,0 +1,298 @@
+"""The unified transformer: one decoder over text, image and audio tokens in any order.
+
+In: token ids, each local to its modality's vocabulary, and modality ids (0 text, 1 image, 2 audio). Out: hidden
+states, and from them logits, losses, or the next hidden state of a generation. Nothing here knows of data files or of
+parallelism; checkpointing, compilation and sharding are put around it from outside.
+
+Shapes: B batch, T tokens, D hidden, V vocabulary of one modality, C capacity of a modality's targets.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import plan_attention, select_backend
+from model.batch import PackedBatch
+from model.block import TransformerBlock
+from model.cache import KeyValueCache
+from model.config import MODALITIES, FlopsConvention, UnifiedTransformerConfig
+from model.initialization import initialize
+from model.loss import LossOutput, combine, target_losses
+
+logger = logging.getLogger(__name__)
+
+
+class TokenError(ValueError):
+    """A token or modality id outside its range; the message names the place, the value and the range."""
+
+
+class UnifiedTransformer(nn.Module):
+    """Decoder-only transformer with one embedding table and one head per modality.
+
+    Text logits come from the text embedding itself or from a head of their own (`tie_text_embeddings`).
+    """
+
+    def __init__(self, config: UnifiedTransformerConfig, *, seed: int | None = None) -> None:
+        """Build and initialize; on the meta device only build.
+
+        Args:
+            seed: see `reset_parameters`.
+        """
+        super().__init__()
+        self.config = config
+        D = config.hidden_size
+        self.embeddings = nn.ModuleDict({name: nn.Embedding(size, D) for name, size in config.vocab_sizes.items()})
+        self.modality_embedding = nn.Embedding(len(MODALITIES), D)
+        self.position_embedding = None if config.use_rope else nn.Embedding(config.max_sequence_length, D)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(D, config.layer_norm_eps, bias=False)
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Linear(D, size, bias=False)
+                for name, size in config.vocab_sizes.items()
+                if name != "text" or not config.tie_text_embeddings
+            }
+        )
+        self._running_backend: str | None = None
+        self.reset_parameters(seed)
+
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Initialize all weights in place (`model.initialization`), also after `to_empty` and sharded by FSDP2.
+
+        Args:
+            seed: equal seeds give equal weights, however the model is sharded; default: drawn from torch's global
+                generator, so that `torch.manual_seed` decides.
+        """
+        if seed is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+        initialize(self, self.config, seed)
+
+    def num_parameters(self) -> int:
+        """Parameters, counted on the modules themselves; tied weights count once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(
+        self,
+        sequence_length: int,
+        convention: FlopsConvention = "full",
+        target_shares: Mapping[str, float] | None = None,
+    ) -> float:
+        """See `UnifiedTransformerConfig.flops_per_token`."""
+        return self.config.flops_per_token(sequence_length, convention, target_shares)
+
+    @property
+    def attention_backend(self) -> str:
+        """Name of the attention backend that ran last; before the first forward pass, the one that would run."""
+        if self._running_backend is not None:
+            return self._running_backend
+        weight = self.modality_embedding.weight
+        return select_backend(self.config, weight.device, weight.dtype)
+
+    def forward(self, token_ids: Tensor, modality_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and audio logits at every position; text logits are a method of their own.
+
+        Args:
+            token_ids: integer [B, T].
+            modality_ids: integer [B, T].
+
+        Returns:
+            image_logits [B, T, image_vocab_size] and audio_logits [B, T, audio_vocab_size].
+        """
+        hidden = self.hidden_states(token_ids, modality_ids)
+        return self.image_logits(hidden), self.audio_logits(hidden)
+
+    def hidden_states(
+        self,
+        token_ids: Tensor,
+        modality_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Hidden states after the final LayerNorm.
+
+        Args:
+            token_ids: integer [B, T].
+            modality_ids: integer [B, T].
+            positions: integer [B, T], index of each token in its document; by default what the other arguments imply.
+            cu_seqlens: int32, document starts in the flattened B*T as in `PackedBatch`; by default a row is a document.
+            max_seqlen: no document is longer; default T.
+            cache: what the rows held before. New keys and values are written to it, but not yet counted: `prefill` and
+                `decode_step` do both.
+
+        Returns:
+            [B, T, D].
+
+        Raises:
+            TokenError: an id is out of range, on the CPU. On a GPU call `check_tokens`, which waits for the device.
+            AttentionBackendError: the configured backend cannot run here.
+            CacheError: the cache does not fit the batch.
+        """
+        B, T = token_ids.shape
+        if self.config.max_sequence_length < T:
+            raise ValueError(
+                f"a row has {T} tokens: the model is made for at most {self.config.max_sequence_length} "
+                "(max_sequence_length)"
+            )
+        if token_ids.device.type == "cpu":
+            self.check_tokens(token_ids, modality_ids)
+        if cache is not None:
+            cache.require_room(B, T)
+        x = self._embed(token_ids, modality_ids)
+        plan = plan_attention(
+            self.config, x, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cache=cache
+        )
+        self._announce(plan.backend)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(plan.positions)
+        x = self.dropout(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, plan, None if cache is None else cache.layer(i, T))
+        return self.final_norm(x)
+
+    def _embed(self, token_ids: Tensor, modality_ids: Tensor) -> Tensor:
+        # Every table is read at every position and `where` picks: shapes stay static, and no table lacks a gradient.
+        modality_ids = modality_ids.int()
+        x = self.modality_embedding(modality_ids)
+        chosen = torch.zeros_like(x)
+        for index, name in enumerate(MODALITIES):
+            here = modality_ids == index
+            embedded = self.embeddings[name](torch.where(here, token_ids, 0))
+            chosen = torch.where(here[..., None], embedded, chosen)
+        return x + chosen
+
+    def _announce(self, backend: str) -> None:
+        if backend != self._running_backend:
+            self._running_backend = backend
+            logger.info("attention backend: %s", backend)
+
+    def check_tokens(self, token_ids: Tensor, modality_ids: Tensor) -> None:
+        """Verify that every id is in range. It waits for the device, so on a GPU keep it out of the training loop.
+
+        Raises:
+            TokenError: naming the first offending id and where it is.
+        """
+        sizes = torch.tensor(list(self.config.vocab_sizes.values()), device=token_ids.device)
+        modality_ids = modality_ids.long()
+        unknown = (modality_ids < 0) | (modality_ids >= len(MODALITIES))
+        if bool(unknown.any()):
+            b, t = unknown.nonzero()[0].tolist()
+            raise TokenError(
+                f"modality_ids[{b}, {t}] is {int(modality_ids[b, t])}: the modalities are "
+                + ", ".join(f"{index} ({name})" for index, name in enumerate(MODALITIES))
+            )
+        outside = (token_ids < 0) | (token_ids >= sizes[modality_ids])
+        if bool(outside.any()):
+            b, t = outside.nonzero()[0].tolist()
+            name = MODALITIES[int(modality_ids[b, t])]
+            raise TokenError(
+                f"token_ids[{b}, {t}] is {int(token_ids[b, t])}: {name} ids lie in "
+                f"0..{self.config.vocab_sizes[name] - 1}; check its modality, or that data and model share one "
+                f"vocabulary ({name}_vocab_size)"
+            )
+
+    def head_weight(self, modality: str) -> Tensor:
+        """The matrix [V, D] that turns hidden states into logits of a modality."""
+        tied = modality == "text" and self.config.tie_text_embeddings
+        module = self.embeddings[modality] if tied else self.heads[modality]
+        return module.get_parameter("weight")
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., text_vocab_size], in the compute type."""
+        return F.linear(hidden, self.head_weight("text"))
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., image_vocab_size], in the compute type."""
+        return F.linear(hidden, self.head_weight("image"))
+
+    def audio_logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., audio_vocab_size], in the compute type."""
+        return F.linear(hidden, self.head_weight("audio"))
+
+    def _target_losses(self, batch: PackedBatch) -> dict[str, tuple[Tensor, Tensor]]:
+        hidden = self.hidden_states(
+            batch.token_ids,
+            batch.modality_ids,
+            positions=batch.positions,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+        ).flatten(0, 1)
+        return {
+            name: target_losses(
+                # A look-up rather than indexing: its backward copes with the repeats of position 0 in padded slots.
+                F.embedding(batch.targets[name].positions, hidden),
+                self.head_weight(name),
+                batch.targets[name].ids,
+                self.config.loss_chunk_tokens,
+            )
+            for name in MODALITIES
+        }
+
+    def token_losses(self, batch: PackedBatch) -> dict[str, Tensor]:
+        """Negative log likelihood of every target, by modality.
+
+        Returns:
+            By modality name: float32 [C] in nats (float64 for a float64 model), in the order of `batch.targets`, 0 in
+            padded slots. Logits exist only at target positions, `config.loss_chunk_tokens` rows at a time.
+        """
+        return {name: nll for name, (nll, _) in self._target_losses(batch).items()}
+
+    def loss(
+        self,
+        batch: PackedBatch,
+        *,
+        weights: Mapping[str, float] | None = None,
+        denominators: Mapping[str, float | Tensor] | None = None,
+    ) -> LossOutput:
+        """The training loss; every parameter gets a gradient from it, whatever modalities the batch holds.
+
+        A weighted mean over target tokens; `model.loss.combine` defines weights, denominators and normalisation.
+        Under FSDP2 register this method with `register_fsdp_forward_method`.
+
+        Args:
+            weights: of each modality's targets, default 1.
+            denominators: valid targets by modality in the whole optimizer step, over ranks and accumulated batches;
+                default those of this batch.
+        """
+        counts = {name: batch.targets[name].count for name in MODALITIES}
+        return combine(
+            self._target_losses(batch),
+            counts,
+            weights=weights,
+            denominators=denominators,
+            z_loss_weight=self.config.z_loss_weight,
+        )
+
+    @torch.no_grad()
+    def prefill(
+        self, token_ids: Tensor, modality_ids: Tensor, cache: KeyValueCache, lengths: Tensor | None = None
+    ) -> Tensor:
+        """Read prompts of different lengths into the cache.
+
+        Args:
+            token_ids: integer [B, T], each prompt at the left of its row; what stands to its right is ignored, but must
+                be in range.
+            modality_ids: integer [B, T].
+            cache: may already hold earlier tokens; these follow them.
+            lengths: integer [B] in 1..T, the prompts' lengths; default all T.
+
+        Returns:
+            [B, D]: the hidden state of each prompt's last token, which predicts the next one.
+        """
+        hidden = self.hidden_states(token_ids, modality_ids, cache=cache)
+        cache.advance(token_ids.shape[1], lengths)
+        if lengths is None:
+            return hidden[:, -1]
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), lengths - 1]
+
+    def decode_step(self, token_ids: Tensor, modality_ids: Tensor, cache: KeyValueCache) -> Tensor:
+        """Read one more token a row, integer [B], and return the hidden state [B, D] that predicts the next."""
+        return self.prefill(token_ids[:, None], modality_ids[:, None], cache)

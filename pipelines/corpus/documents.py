@@ -1,0 +1,104 @@
+"""What readers make: documents of raw spans, and what they could not read.
+
+Enters: nothing; these are the types between the readers and the tokenize job. Always holds: a document has at least one
+span, no text span is empty, and no two text spans follow one another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from pipelines.sequence import Modality
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawSpan:
+    """One piece of a document before its tokenizer: text, or the bytes of a media file as they lie on disk."""
+
+    modality: Modality
+    text: str = ""
+    data: bytes = b""
+    uri: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """One document of a corpus."""
+
+    source: str
+    """Identity of where it came from: `<source name>/<path or record>`; the train/validation split hashes it."""
+    position: int
+    """Index of the document among those of the same source identity."""
+    spans: tuple[RawSpan, ...]
+
+    @property
+    def row_id(self) -> str:
+        """32 hexadecimal digits over source identity and position: the row's name in the dataset."""
+        return _digest(self.source.encode(), str(self.position).encode())
+
+    @property
+    def content_hash(self) -> str:
+        """32 hexadecimal digits over the raw content alone, wherever it came from."""
+        return _digest(*(part for s in self.spans for part in (s.modality.label.encode(), s.text.encode(), s.data)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reject:
+    """What could not be read or tokenized, and why: a row of the quarantine table."""
+
+    source: str
+    position: int
+    reason: str
+    """A short class of fault, such as `picture: truncated` or `text: not UTF-8`: rejects are counted by it."""
+    error: str
+    """The whole message: place, value, remedy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Input:
+    """One thing that a reader lists: a file, or the files of one sample. The ledger remembers it by uri and etag."""
+
+    uri: str
+    """Identity under the source, stable when the corpus moves: the path relative to the source's root."""
+    size: int
+    """Bytes."""
+    etag: str
+    """Changes whenever the content may have: modification time and size, or the object store's etag."""
+    parts: tuple[str, ...]
+    """The files to open, as paths that every worker can reach."""
+    divisible: bool = False
+    """Whether a byte range of it can be read alone (lines); such inputs are split into several units."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slice:
+    """A byte range of an input: what one work unit reads of it. Indivisible inputs are always whole."""
+
+    input: Input
+    start: int
+    stop: int
+
+
+def joined(spans: Iterable[RawSpan], separator: str = "\n") -> tuple[RawSpan, ...]:
+    """The spans with empty texts dropped and neighbouring texts joined, as a document requires."""
+    result: list[RawSpan] = []
+    for span in spans:
+        if span.modality is Modality.TEXT:
+            if not span.text.strip():
+                continue
+            if result and result[-1].modality is Modality.TEXT:
+                result[-1] = replace(result[-1], text=result[-1].text + separator + span.text)
+                continue
+        result.append(span)
+    return tuple(result)
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        # Lengths in front keep ("ab", "c") and ("a", "bc") apart.
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,137 @@
+"""Files of a local corpus: found in a stable order, stamped, opened.
+
+Enters: a folder and a glob. Leaves: `File`s, sorted by uri. Always holds: uris and parts are valid Unicode whatever the
+file system holds, and the names of one folder at a time are in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote_to_bytes
+
+from pipelines.corpus.errors import CorpusError
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of a corpus."""
+
+    uri: str
+    """Path relative to the root, with `/`; bytes that are not UTF-8 are written `\\xff`."""
+    path: str
+    """Where it lies, as the operating system has it."""
+
+    @property
+    def part(self) -> str:
+        """The path as valid Unicode, for `open_part`: a name that is not UTF-8 becomes a `file:` URI."""
+        try:
+            self.path.encode()
+        except UnicodeEncodeError:
+            return Path(self.path).as_uri()
+        return self.path
+
+
+def existing_folder(path: str, source: str) -> Path:
+    """The folder that a source names.
+
+    Raises:
+        CorpusError: there is none.
+    """
+    folder = Path(path).expanduser().absolute()
+    if folder.is_dir():
+        return folder
+    what = "is no folder" if folder.exists() else "does not exist"
+    raise CorpusError(f"source {source}: {folder} {what}; set its `path` to the folder that holds the corpus")
+
+
+def files_below(root: Path, glob: str = "**", key: Callable[[str], str] = str) -> Iterator[File]:
+    """The files below a folder that match a glob, sorted by path, or by `key` of the file name within a folder.
+
+    `*` and `?` stay within one folder, `**` crosses any number of them. Links are followed; names that begin with a dot
+    are left out. A dangling link is a file: whoever opens it learns that it cannot be read.
+
+    Raises:
+        CorpusError: a folder cannot be listed, or a link leads back to a folder above it.
+    """
+    patterns = glob.split("/")
+    # A tree may be vast and the glob name one corner of it.
+    literal = next((i for i, p in enumerate(patterns[:-1]) if is_glob(p)), len(patterns) - 1)
+    prefix = "".join(f"{p}/" for p in patterns[:literal])
+    yield from _walk(str(root / prefix), prefix, patterns, key, frozenset())
+
+
+def is_glob(text: str) -> bool:
+    return any(character in text for character in "*?[")
+
+
+def stamp(paths: Iterable[str]) -> tuple[int, str]:
+    """Bytes of the files together, and an etag that changes with their names, sizes or modification times."""
+    total = 0
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        try:
+            status = os.stat(path)  # noqa: PTH116 - a Path object per file doubles the time of a listing
+            total += status.st_size
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError as error:
+            state = f"unreadable {error.errno}"
+        digest.update(os.fsencode(os.path.basename(path)) + b"\0" + state.encode() + b"\0")  # noqa: PTH119
+    return total, digest.hexdigest()
+
+
+def open_part(part: str, buffering: int = -1) -> BinaryIO:
+    """Open a part of an input.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    path: str | bytes = unquote_to_bytes(part.removeprefix("file://")) if part.startswith("file://") else part
+    return open(path, "rb", buffering=buffering)  # type: ignore[return-value]  # noqa: PTH123 - bytes are no Path
+
+
+def printable(name: str) -> str:
+    """A name as the operating system has it, as valid Unicode."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def _walk(
+    folder: str, prefix: str, patterns: list[str], key: Callable[[str], str], above: frozenset[tuple[int, int]]
+) -> Iterator[File]:
+    try:
+        status = os.stat(folder)  # noqa: PTH116
+        with os.scandir(folder) as entries:
+            # A folder sorts as `name/`, which puts what it holds where the whole path belongs.
+            found = sorted(
+                (f"{name}/" if entry.is_dir() else key(name), name, entry.is_dir(), entry.path)
+                for entry in entries
+                if not (name := printable(entry.name)).startswith(".") and _is_file_or_folder(entry)
+            )
+    except OSError as error:
+        raise CorpusError(f"{folder}: cannot be listed: {error.strerror}; make it readable or leave it out") from error
+    identity = status.st_dev, status.st_ino
+    if identity in above:
+        raise CorpusError(f"{folder}: a link that leads back to a folder above it; remove it or leave it out by a glob")
+    for _, name, is_folder, path in found:
+        if is_folder:
+            yield from _walk(path, f"{prefix}{name}/", patterns, key, above | {identity})
+        elif _matches((prefix + name).split("/"), patterns):
+            yield File(prefix + name, path)
+
+
+def _is_file_or_folder(entry: os.DirEntry[str]) -> bool:
+    # Opening a pipe or a device would wait for ever.
+    return entry.is_file() or entry.is_dir() or (entry.is_symlink() and not os.path.exists(entry.path))  # noqa: PTH110
+
+
+def _matches(parts: list[str], patterns: list[str]) -> bool:
+    if not patterns:
+        return not parts
+    if patterns[0] == "**":
+        return any(_matches(parts[i:], patterns[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])

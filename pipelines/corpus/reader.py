@@ -1,0 +1,35 @@
+"""What every reader is: settings of a recipe that list a corpus and read slices of it.
+
+Enters: a section of a recipe. Leaves: inputs, cheap enough to list before any work is planned, then documents and
+rejects. Always holds: both are streams, and what a slice gives depends on the slice and the settings alone, so any
+worker may read it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+
+from pydantic import Field
+
+from pipelines.corpus.documents import Document, Input, Reject, Slice
+from pipelines.recipe import Settings
+
+
+class Reader(Settings):
+    """Base of the sources of a recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """First part of every document's identity: rename a source and all of its documents are new."""
+
+    @abstractmethod
+    def inputs(self) -> Iterator[Input]:
+        """What there is to read, sorted by uri.
+
+        Raises:
+            CorpusError: the corpus is missing or empty, or a folder of it cannot be listed.
+        """
+
+    @abstractmethod
+    def read(self, slices: Sequence[Slice]) -> Iterator[Document | Reject]:
+        """The documents of the slices, in order; a `Reject` in place of each that cannot be read."""

@@ -1,0 +1,107 @@
+"""Which attention kernel runs, that it says so, and that all of them agree."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from model import AttentionBackendError, PackedBatch, UnifiedTransformer
+from model.attention import BACKENDS, AttentionPlan, attend, plan_attention, select_backend
+from tests.model.cases import random_rows, tiny_config
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_the_running_backend_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = UnifiedTransformer(tiny_config())
+    assert model.attention_backend == "sdpa"
+    batch = PackedBatch.from_sequences(random_rows([[9]]))
+    with caplog.at_level(logging.INFO, logger="model"):
+        model.loss(batch)
+        model.loss(batch)
+    assert [record.getMessage() for record in caplog.records] == ["attention backend: sdpa"]
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "varlen"])
+def test_a_forced_backend_that_cannot_run_is_an_error_with_the_reason(name: str) -> None:
+    model = UnifiedTransformer(tiny_config(attention_backend=name))
+    batch = PackedBatch.from_sequences(random_rows([[9]]))
+    with pytest.raises(AttentionBackendError, match=f"attention_backend is '{name}', but .*; set it to 'auto'"):
+        model.loss(batch)
+    with pytest.raises(AttentionBackendError, match="it needs a CUDA device and this is cpu"):
+        select_backend(tiny_config(attention_backend="varlen"), torch.device("cpu"), torch.bfloat16)
+
+
+def test_flash_attention_off_means_sdpa() -> None:
+    config = tiny_config(use_flash_attention=False)
+    assert select_backend(config, torch.device("cuda"), torch.bfloat16) == "sdpa"
+    assert select_backend(tiny_config(attention_backend="sdpa"), torch.device("cuda"), torch.bfloat16) == "sdpa"
+
+
+def test_packed_kernels_get_the_document_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    plans: list[AttentionPlan] = []
+    monkeypatch.setitem(BACKENDS, "sdpa", replace(BACKENDS["sdpa"], packed=True))
+    x = torch.randn(2, 6, 32)
+    plans.append(plan_attention(tiny_config(), x))
+    assert plans[0].cu_seqlens is not None
+    assert plans[0].cu_seqlens.tolist() == [0, 6, 12]
+    assert plans[0].max_seqlen == 6
+    starts = torch.tensor([0, 2, 6, 12, 12], dtype=torch.int32)
+    plan = plan_attention(tiny_config(), x, cu_seqlens=starts, max_seqlen=6)
+    assert plan.cu_seqlens is starts
+    assert plan.positions.tolist() == [[0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(BACKENDS))
+def test_each_backend_agrees_with_float64_forward_and_backward(name: str) -> None:
+    device = torch.device("cuda")
+    config = tiny_config(hidden_size=256, num_attention_heads=4, max_sequence_length=256, attention_backend=name)
+    reason = BACKENDS[name].unavailable(device, torch.bfloat16, config.head_size)
+    if reason is not None:
+        pytest.skip(reason)
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v, gradient = (
+        torch.randn(2, 200, 4, 64, generator=generator, device=device, dtype=torch.float64) for _ in range(4)
+    )
+    starts = torch.tensor([0, 1, 70, 150, 200, 333, 400, 400, 400], dtype=torch.int32, device=device)
+    results = []
+    for backend, dtype in ((name, torch.bfloat16), ("sdpa", torch.float64)):
+        leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in (q, k, v)]
+        x = torch.empty(2, 200, 256, device=device, dtype=dtype)
+        plan = plan_attention(
+            tiny_config(hidden_size=256, num_attention_heads=4, max_sequence_length=256, attention_backend=backend),
+            x,
+            cu_seqlens=starts,
+            max_seqlen=200,
+        )
+        out = attend(*leaves, plan)
+        results.append([out, *torch.autograd.grad(out, leaves, gradient.to(torch.bfloat16).to(dtype))])
+    for ours, exact in zip(*results, strict=True):
+        error = (ours.double() - exact).norm() / exact.norm()
+        assert float(error) < 0.01
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(BACKENDS))
+def test_the_loss_on_a_gpu_agrees_with_the_cpu(name: str) -> None:
+    config = tiny_config(hidden_size=256, attention_backend=name, device="cuda")
+    reason = BACKENDS[name].unavailable(torch.device("cuda"), torch.bfloat16, config.head_size)
+    if reason is not None:
+        pytest.skip(reason)
+    batch = PackedBatch.from_sequences(random_rows([[20, 30], [64]]), length=64, capacity=128, max_documents=8)
+    exact = UnifiedTransformer(tiny_config(hidden_size=256), seed=0)
+    model = UnifiedTransformer(config, seed=0)
+    model.load_state_dict(exact.state_dict())
+    model.to(config.device)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        output = model.loss(batch.to(config.device))
+    output.total.backward()
+    assert model.attention_backend == name
+    assert output.total.item() == pytest.approx(float(exact.loss(batch).total), rel=0.01)
