@@ -141,5 +141,21 @@ def quarantine_list(dataset: DatasetArgument, version: Version = None, as_json: 
     out.print(f"{len(rows):,} documents in quarantine.")
 
 
+@tokenizer_app.command(
+    "train", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+def tokenizer_train(
+    context: typer.Context,
+    kind: Annotated[str, typer.Argument(help="image or audio; `braid tokenizer train image --help` lists the options.")],
+) -> None:
+    """Train a tokenizer on a folder of pictures or of sounds: `braid tokenizer train image --data DIR --out DIR`."""
+    if kind not in ("image", "audio"):
+        err.print(f"[bold red]error:[/] kind {kind!r}: what to train is image or audio", highlight=False)
+        raise typer.Exit(2)
+    import importlib
+
+    importlib.import_module(f"pipelines.tokenizers.train_{kind}").main(context.args)
+
+
 if __name__ == "__main__":
     main()

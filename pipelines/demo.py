@@ -53,7 +53,7 @@ def main() -> None:
         "tokenize/demo",
         f"dataset={dataset}",
         f"sources.0.path={corpus / 'stamps'}",
-        f"sources.1.path={corpus / 'handbook.jsonl'}",
+        f"sources.1.path={corpus / 'text'}",
     )
     console.rule("3. What is in it", align="left")
     _braid(console, "stats", str(dataset))

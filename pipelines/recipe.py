@@ -165,8 +165,8 @@ def _fault(kind: type[BaseModel], file: Path, places: Mapping[tuple[str, ...], s
         return f"{place}: {dotted}: missing; it has no default"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] in ("literal_error", "union_tag_invalid"):
-        near = _near_choice(detail)
-        message += f"; did you mean {near}?" if near else ""
+        choice = _near_choice(detail)
+        message += f"; did you mean {choice}?" if choice else ""
     return f"{place}: {dotted} = {_short(detail['input'])}: {message}"
 
 

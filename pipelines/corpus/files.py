@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 from urllib.parse import unquote_to_bytes
 
 from pipelines.corpus.errors import CorpusError
@@ -108,25 +108,31 @@ def _walk(
         with os.scandir(folder) as entries:
             # A folder sorts as `name/`, which puts what it holds where the whole path belongs.
             found = sorted(
-                (f"{name}/" if entry.is_dir() else key(name), name, entry.is_dir(), entry.path)
+                (f"{name}/" if kind == "folder" else key(name), name, kind, entry.path)
                 for entry in entries
-                if not (name := printable(entry.name)).startswith(".") and _is_file_or_folder(entry)
+                if not (name := printable(entry.name)).startswith(".") and (kind := _kind(entry))
             )
     except OSError as error:
         raise CorpusError(f"{folder}: cannot be listed: {error.strerror}; make it readable or leave it out") from error
     identity = status.st_dev, status.st_ino
     if identity in above:
         raise CorpusError(f"{folder}: a link that leads back to a folder above it; remove it or leave it out by a glob")
-    for _, name, is_folder, path in found:
-        if is_folder:
+    for _, name, kind, path in found:
+        if kind == "folder":
             yield from _walk(path, f"{prefix}{name}/", patterns, key, above | {identity})
         elif _matches((prefix + name).split("/"), patterns):
             yield File(prefix + name, path)
 
 
-def _is_file_or_folder(entry: os.DirEntry[str]) -> bool:
-    # Opening a pipe or a device would wait for ever.
-    return entry.is_file() or entry.is_dir() or (entry.is_symlink() and not os.path.exists(entry.path))  # noqa: PTH110
+def _kind(entry: os.DirEntry[str]) -> Literal["file", "folder"] | None:
+    """None for pipes and devices: opening one would wait for ever."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() or not os.path.exists(entry.path) else None  # noqa: PTH110
+    except OSError:
+        # Such as a link to itself.
+        return "file"
 
 
 def _matches(parts: list[str], patterns: list[str]) -> bool:

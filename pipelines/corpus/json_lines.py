@@ -42,7 +42,7 @@ class JsonLinesSource(Reader):
     text_field: str = "text"
     id_field: str | None = None
     """Field with the record's name, unique in its file; without it, the line's byte offset names the record."""
-    max_line_mb: float = Field(100, gt=0)
+    max_line_mb: float = Field(default=100, gt=0)
     """Longer lines are quarantined unread."""
 
     def inputs(self) -> Iterator[Input]:

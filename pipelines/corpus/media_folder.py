@@ -40,11 +40,11 @@ class MediaFolderSource(Reader):
     path: str
     glob: str = "**"
     """Which files to take, relative to `path`: `*` stays within a folder, `**` crosses folders."""
-    orders: tuple[Order, ...] = Field((("text", "image", "audio"), ("image", "audio", "text")), min_length=1)
+    orders: tuple[Order, ...] = Field(default=(("text", "image", "audio"), ("image", "audio", "text")), min_length=1)
     """Orders of the modalities; each document draws one by its row id. What an order does not name is left out."""
     seed: int = 0
     """Another seed draws other orders."""
-    max_file_mb: float = Field(256, gt=0)
+    max_file_mb: float = Field(default=256, gt=0)
     """Larger files are quarantined, so that one file cannot take a worker's memory."""
 
     @field_validator("orders")

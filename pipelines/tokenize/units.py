@@ -13,7 +13,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,8 +21,8 @@ from deltalake import CommitProperties, DeltaTable, Transaction
 from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction
 
-from pipelines.corpus.sources import Source
 from pipelines.corpus.documents import Input, Slice
+from pipelines.corpus.sources import Source
 from pipelines.shards.dataset import Dataset, DatasetError
 from pipelines.shards.reader import read_footer
 from pipelines.shards.storage import Storage
@@ -207,9 +207,16 @@ def _compare(
     units = dict(known) | {unit.id: unit for unit in added}
     replaced = {unit.replaces for unit in units.values()}
     wanted = [unit for name, unit in units.items() if unit.source in listed and name not in replaced]
-    pending = [unit for unit in wanted if unit.id not in held]
+    now = {name: {(item.uri, item.etag): item for item in inputs} for name, inputs in listed.items()}
+    pending = [_located(unit, now[unit.source]) for unit in wanted if unit.id not in held]
     retired = {unit.id: [name for name in _ancestors(unit, units) if name in held] for unit in pending}
     return Plan(pending=pending, retired={k: v for k, v in retired.items() if v}, done=len(wanted) - len(pending))
+
+
+def _located(unit: WorkUnit, now: Mapping[tuple[str, str], Input]) -> WorkUnit:
+    """The unit with its files where the source lists them now: a corpus may have moved since it was planned."""
+    slices = tuple(replace(p, input=now.get((p.input.uri, p.input.etag), p.input)) for p in unit.slices)
+    return replace(unit, slices=slices)
 
 
 def _ancestors(unit: WorkUnit, units: Mapping[str, WorkUnit]) -> Iterator[str]:

@@ -22,7 +22,7 @@ class Lines(Settings):
 
 class Recipe(Settings):
     name: str
-    sources: list[Annotated[Folder | Lines, Field(discriminator="reader")]] = []
+    sources: list[Annotated[Folder | Lines, Field(discriminator="reader")]] = Field([])
     share: float = Field(0.1, ge=0, le=1)
     mode: Literal["pad", "crop"] = "pad"
 
@@ -71,7 +71,7 @@ def test_overrides_win_and_their_faults_name_the_command_line(tmp_path: Path) ->
 def test_what_is_not_yaml_or_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"r.yaml:2: not YAML"):
         _read(tmp_path, "name: a\n b: [\n")
-    with pytest.raises(RecipeError, match="nor a shipped recipe; shipped are .*tokenize/demo"):
+    with pytest.raises(RecipeError, match=r"nor a shipped recipe; shipped are .*tokenize/demo"):
         read_recipe(Recipe, "nowhere")
     with pytest.raises(RecipeError, match="a recipe is a mapping"):
         _read(tmp_path, "- a\n")

@@ -107,8 +107,7 @@ def test_a_changed_token_is_another_document_or_refused(spans: list[EncodedSpan]
     modality_ids[at] = data.draw(st.integers(0, 3))
     try:
         back = deinterleave(VOCABULARY, token_ids, modality_ids)
-    except SequenceError as error:
-        assert str(error).startswith("position ")
+    except SequenceError:
         return
     again = interleave(VOCABULARY, back)
     assert np.array_equal(again.token_ids, token_ids)
@@ -140,7 +139,9 @@ def test_a_document_that_stops_early_names_where() -> None:
 
 
 def test_vocabularies_differ_in_what_they_say_and_only_there() -> None:
-    other = Vocabulary.from_dict(VOCABULARY.to_dict() | {"audio_sha256": "b", "preprocessing": {"image": {"version": 2}}})
+    other = Vocabulary.from_dict(
+        VOCABULARY.to_dict() | {"audio_sha256": "b", "preprocessing": {"image": {"version": 2}}}
+    )
     assert VOCABULARY.differences(other) == ["audio_sha256: a, b", "preprocessing.image.version: 1, 2"]
     assert VOCABULARY.fingerprint != other.fingerprint
     with pytest.raises(VocabularyError, match="dataset X and recipe Y have different vocabularies"):

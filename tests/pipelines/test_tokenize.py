@@ -1,6 +1,7 @@
 """The tokenize job: what goes in comes out once, whatever happens in between."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,9 +115,16 @@ def test_a_changed_file_replaces_its_rows_in_one_version(tmp_path: Path) -> None
     assert dataset_hash(second) == dataset_hash(run_units(fresh))
 
 
-def test_a_lost_ledger_is_made_again_from_the_shards(tmp_path: Path) -> None:
-    import shutil
+def test_a_corpus_that_moved_while_units_were_pending_is_found(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    plan(open_or_create(recipe, UnitWorker(recipe).vocabulary), recipe.sources, recipe.units)
+    (tmp_path / "stamps").rename(tmp_path / "moved")
+    sources = [recipe.sources[0].model_copy(update={"path": str(tmp_path / "moved")}), recipe.sources[1]]
+    dataset = run_units(recipe.model_copy(update={"sources": sources}))
+    assert dataset.statistics().documents == 42
 
+
+def test_a_lost_ledger_is_made_again_from_the_shards(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     version = run_units(recipe).version
     shutil.rmtree(Path(recipe.dataset) / "inputs")
