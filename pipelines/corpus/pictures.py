@@ -7,11 +7,12 @@ refused with a `MediaError` that names the source. Colour profiles are not appli
 
 import io
 import math
+import warnings
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from pipelines.corpus.errors import MediaError
 
@@ -25,6 +26,22 @@ MAX_PIXELS = 80_000_000
 # and one of which (TGA) has no magic number and takes arbitrary bytes for a picture.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 
+# Pillow warns of damaged metadata, which leaves the pixels whole, and of sizes that are an error here. Set once for
+# the process: `warnings.catch_warnings` is not safe in the threads that read pictures.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture of each EXIF orientation upright; 1 is, and other values mean nothing."""
+
 Pixels = NDArray[np.uint8]
 """uint8 [H, W, 3], RGB."""
 
@@ -32,7 +49,7 @@ Pixels = NDArray[np.uint8]
 def load_picture(data: bytes, uri: str) -> Pixels:
     """Decode one picture: EXIF orientation applied, transparency laid on white, the first frame of an animation.
 
-    Palettes, CMYK, greyscale and 16-bit samples become 8-bit RGB.
+    Palettes, CMYK, greyscale and 16-bit samples become 8-bit RGB. Where EXIF is damaged, the pixels stand as stored.
 
     Args:
         data: The whole file.
@@ -53,7 +70,7 @@ def load_picture(data: bytes, uri: str) -> Pixels:
         if math.prod(image.size) > MAX_PIXELS:
             raise MediaError(f"{uri}: {image.width} x {image.height} pixels, over the limit of {MAX_PIXELS:,}.")
         image.load()
-        return np.array(_opaque_rgb(ImageOps.exif_transpose(image), uri))
+        return np.array(_opaque_rgb(_upright(image), uri))
     except MediaError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as fault:
@@ -92,18 +109,32 @@ def fit_picture(
     rows, columns = pixels.shape[:2]
     if (rows, columns) == (height, width):
         return pixels.copy()
-    choose = min if mode == "pad" else max
-    scale = choose(height / rows, width / columns)
-    # At least one pixel of a very flat picture survives; at least the wanted size, against rounding, when cropping.
-    least = (1, 1) if mode == "pad" else (height, width)
-    scaled = (max(round(rows * scale), least[0]), max(round(columns * scale), least[1]))
     image = Image.fromarray(pixels)
+    if mode == "crop":
+        # Cut and scaled at once: scaled first, a banner of 10 x 20,000 pixels would grow to hundreds of megabytes.
+        scale = max(height / rows, width / columns)
+        top, left = (rows - height / scale) / 2, (columns - width / scale) / 2
+        box = (max(left, 0.0), max(top, 0.0), min(columns - left, columns), min(rows - top, rows))
+        return np.array(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+    scale = min(height / rows, width / columns)
+    # At least one pixel of a very flat picture survives.
+    scaled = (max(round(rows * scale), 1), max(round(columns * scale), 1))
     if scaled != (rows, columns):
         image = image.resize((scaled[1], scaled[0]), Image.Resampling.LANCZOS)
-    top, left = (height - scaled[0]) // 2, (width - scaled[1]) // 2
     canvas = Image.new("RGB", (width, height), "white")
-    canvas.paste(image, (left, top))
+    canvas.paste(image, ((width - scaled[1]) // 2, (height - scaled[0]) // 2))
     return np.array(canvas)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    # As with damaged pixels the list is not closed, but here the pixels are whole, and viewers show them as stored.
+    except Exception:
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _opaque_rgb(image: Image.Image, uri: str) -> Image.Image:

@@ -1,0 +1,68 @@
+"""Figures of an image tokenizer on held-out pictures, and a sheet to look at."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipelines.corpus.pictures import Pixels
+from pipelines.tokenizers.codebook import perplexity
+from pipelines.tokenizers.image_losses import psnr, sharpness, ssim
+from pipelines.tokenizers.vqgan import ImageTokenizer, as_images
+
+
+def evaluate(tokenizer: ImageTokenizer, pictures: Pixels, batch_size: int = 64) -> dict[str, Any]:
+    """Encode, decode and compare.
+
+    Args:
+        pictures: uint8 [N, H, W, 3], not seen in training.
+
+    Returns:
+        JSON values: means over pictures of PSNR in dB, SSIM and L1 (of 255), sharpness of the reconstructions
+        relative to the pictures (1 is alike, less is blurred), the number of codes used, and their perplexity.
+    """
+    used = np.zeros(tokenizer.codebook_size, np.int64)
+    found: dict[str, list[torch.Tensor]] = {
+        "psnr_db": [],
+        "ssim": [],
+        "l1_of_255": [],
+        "sharp": [],
+        "sharp_original": [],
+    }
+    for start in range(0, len(pictures), batch_size):
+        originals = pictures[start : start + batch_size]
+        codes = tokenizer.encode(originals)
+        used += np.bincount(codes.ravel(), minlength=len(used))
+        x, y = as_images(torch.from_numpy(originals)), as_images(torch.from_numpy(tokenizer.decode(codes)))
+        found["psnr_db"].append(psnr(x, y))
+        found["ssim"].append(ssim(x, y))
+        found["l1_of_255"].append((x - y).abs().mean(dim=(1, 2, 3)) * 127.5)
+        found["sharp"].append(sharpness(y))
+        found["sharp_original"].append(sharpness(x))
+    mean = {name: float(torch.cat(values).mean()) for name, values in found.items()}
+    return {
+        "pictures": len(pictures),
+        "psnr_db": round(mean["psnr_db"], 3),
+        "ssim": round(mean["ssim"], 4),
+        "l1_of_255": round(mean["l1_of_255"], 3),
+        "relative_sharpness": round(mean["sharp"] / mean["sharp_original"], 4),
+        "codes_used": int((used > 0).sum()),
+        "codebook_size": tokenizer.codebook_size,
+        "perplexity": round(perplexity(torch.from_numpy(used)), 1),
+    }
+
+
+def write_sheet(tokenizer: ImageTokenizer, pictures: Pixels, path: Path, columns: int = 12, bands: int = 4) -> None:
+    """Write a PNG of pictures with, under each, its reconstruction; evenly chosen from uint8 [N, H, W, 3]."""
+    chosen = np.linspace(0, len(pictures) - 1, min(len(pictures), columns * bands)).astype(int)
+    rows = []
+    for start in range(0, len(chosen), columns):
+        originals = pictures[chosen[start : start + columns]]
+        for line in (originals, tokenizer.decode(tokenizer.encode(originals))):
+            strip = np.concatenate(list(line), axis=1)
+            missing = columns * pictures.shape[2] - strip.shape[1]
+            rows.append(np.pad(strip, ((0, 2), (0, missing), (0, 0)), constant_values=255))
+        rows.append(np.full((6, columns * pictures.shape[2], 3), 128, np.uint8))
+    Image.fromarray(np.concatenate(rows)).save(path)

@@ -1,0 +1,355 @@
+"""Train an image tokenizer on a folder of pictures.
+
+    python -m pipelines.tokenizers.train_image --data FOLDER --out DIR --minutes 9 --seed 0
+
+Enters: any pictures, at any depth. Leaves: a tokenizer folder (see `checkpoint`), with losses.jsonl and samples.png
+beside it. Always holds: within the time box, which counts everything from the first line on, there is a checkpoint.
+
+Three stretches, in shares of the run: first without a codebook, so that k-means finds latents worth quantizing; then
+with it; and from `gan_from` on, encoder and codebook stand still while the decoder learns against a discriminator.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.tokenizers.adversary import PatchAdversary, balanced_gradient
+from pipelines.tokenizers.checkpoint import resolve, write_checkpoint
+from pipelines.tokenizers.codebook import MovingCodebook
+from pipelines.tokenizers.image_card import figures_of, write_card
+from pipelines.tokenizers.image_data import Batches, read_pictures
+from pipelines.tokenizers.image_losses import reconstruction_loss
+from pipelines.tokenizers.vqgan import VQGAN, ImageTokenizer, ImageTokenizerConfig, TowerConfig
+
+DRAWINGS = ImageTokenizerConfig(
+    # The encoder is the lighter one: it runs on every picture of a corpus, the decoder on those that someone looks at.
+    encoder=TowerConfig(ch=32, ch_mult=(1, 2, 3, 4), num_res_blocks=1),
+    decoder=TowerConfig(ch=32, ch_mult=(1, 2, 4, 4), num_res_blocks=2),
+    z_channels=32,
+    embed_dim=8,
+    codebook_size=1024,
+    resolution=128,
+    norm_groups=4,
+)
+"""The architecture of the shipped tokenizer `drawings`: 4.5 M parameters, 16 x 16 codes for 128 x 128 pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTrainingOptions:
+    """Everything that a training run is told."""
+
+    data: Path
+    """Folder of pictures."""
+    out: Path
+    """Where the tokenizer goes; its last part becomes the tokenizer's name."""
+    minutes: float = 9.0
+    """Time box from the call of `train` to its return."""
+    reserve_s: float = 30.0
+    """Of the time box, kept for the last checkpoint and its evaluation."""
+    steps: int | None = None
+    """Stop after so many steps, if the time box does not come first. The schedule then counts steps, not time."""
+    seed: int = 0
+    batch_size: int = 128
+    lr: float = 1e-3
+    gan_from: float = 0.6
+    """Share of the run after which the decoder alone learns, against a discriminator; 1 for never."""
+    gan_weight: float = 0.4
+    """How hard the discriminator pulls, relative to the reconstruction loss."""
+    init: Path | None = None
+    """Continue from this tokenizer: architecture and weights."""
+    config: ImageTokenizerConfig = DRAWINGS
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    compile: bool = torch.cuda.is_available()
+    log_every: int = 50
+    save_every_s: float = 90.0
+    data_name: str = ""
+    """What the pictures are, for the card."""
+    data_licence: str = ""
+
+
+@dataclass
+class Clock:
+    """How far the run is, in shares of it, by steps if their number is given, else by time."""
+
+    minutes: float
+    reserve_s: float
+    steps: int | None
+    started: float = field(default_factory=time.monotonic)
+    first_step: float | None = None
+    """When training proper began; reading and compiling are no part of the schedule."""
+
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started
+
+    def progress(self, step: int) -> float:
+        """In [0, 1]; 1 means stop."""
+        end = self.minutes * 60 - self.reserve_s
+        if self.elapsed_s() >= end:
+            return 1.0
+        if self.steps is not None:
+            return min(step / self.steps, 1.0)
+        if self.first_step is None:
+            return 0.0
+        return min((self.elapsed_s() - self.first_step) / max(end - self.first_step, 1e-9), 1.0)
+
+
+class ImageTrainer:
+    """The network being trained, its moving average, and what one step does to them."""
+
+    CONTINUOUS_UNTIL = 0.08
+    """Share of the run without a codebook."""
+    RESTART_UNTIL = 0.8
+    """Share of the quantized stretch in which dead codes start again; after that the codebook settles."""
+
+    def __init__(self, options: ImageTrainingOptions) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
+        if options.init is None:
+            self.config, self.model = options.config, VQGAN(options.config)
+        else:
+            self.config = (given := ImageTokenizer.load(options.init)).config
+            self.model = given.model.requires_grad_(True)
+        self.model = self.model.train().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # The codebook moves by averages, not by gradients.
+        self.model.quantize.requires_grad_(False)
+        self.codebook = MovingCodebook(self.model.quantize.embedding.weight)
+        self.quantized = options.init is not None
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.adversary: PatchAdversary | None = None
+        self.adversary_since = 0
+        self.optimizer = self._optimizer(self.model.parameters())
+        wrap: Callable[..., Any] = torch.compile if options.compile else lambda function: function
+        self.latents = wrap(self.model.latents)
+        self.images = wrap(self.model.images)
+        self.reconstruction_loss = wrap(reconstruction_loss)
+
+    def start_codebook(self, batches: Batches) -> None:
+        """Place the codes where the encoder's outputs are."""
+        wanted = 64 * self.config.codebook_size
+        found: list[Tensor] = []
+        while sum(map(len, found)) < wanted:
+            found.append(_flat(self._encode(batches.next()).detach()))
+        self.codebook.initialize(torch.cat(found)[:wanted])
+        self.quantized = True
+
+    def start_adversary(self, step: int) -> None:
+        """From here on the averaged encoder and codebook stand still, and the decoder learns alone."""
+        self.model.load_state_dict(self.average.state_dict())
+        adversary = PatchAdversary(lr=0.4 * self.options.lr)
+        self.adversary = adversary.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.adversary_since = step
+        decoding = [*self.model.decoder.parameters(), *self.model.post_quant_conv.parameters()]
+        self.optimizer = self._optimizer(decoding)
+
+    def step(self, images: Tensor, step: int, lr: float, *, restart: bool) -> dict[str, Tensor]:
+        """One step on images [B, 3, R, R]; returns detached scalars."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.adversary is None:
+            logged = self._step_autoencoder(images, restart=restart)
+        else:
+            logged = self._step_decoder(images, step)
+        parameters = self.optimizer.param_groups[0]["params"]
+        logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._follow(step)
+        return logged
+
+    def save(self, folder: Path) -> Path:
+        """Write the averaged network as a tokenizer, in float16: half the size, and no visible difference."""
+        return write_checkpoint(folder, self.config.to_json(), self.average.state_dict(), torch.float16)
+
+    def _step_autoencoder(self, images: Tensor, *, restart: bool) -> dict[str, Tensor]:
+        latents = self._encode(images)
+        if self.quantized:
+            embedded, commitment, (_, _, codes) = self.model.quantize(latents)
+            self.codebook.update(_flat(latents.detach()), codes.flatten(), restart=restart)
+        else:
+            embedded, commitment = latents, torch.zeros((), device=self.device)
+        loss = self.reconstruction_loss(images, self._decode(embedded))
+        (loss + commitment).backward()
+        return {"loss": loss.detach(), "commitment": commitment.detach()}
+
+    def _step_decoder(self, images: Tensor, step: int) -> dict[str, Tensor]:
+        assert self.adversary is not None
+        # With gradients recorded and dropped, the compiled graph of the first stretches serves on.
+        embedded = self.model.quantize(self._encode(images).detach())[0].requires_grad_()
+        fakes = self._decode(embedded)
+        loss = self.reconstruction_loss(images, fakes)
+        with self._autocast():
+            verdict = self.adversary.learn(images, fakes)
+            adversarial = self.adversary.teach(images, fakes)
+        # The discriminator first has to know what to look for.
+        ramp = min((step - self.adversary_since) / 500, 1.0)
+        fakes.backward(balanced_gradient(fakes, loss, adversarial, ramp * self.options.gan_weight))
+        return {"loss": loss.detach(), "adversarial": adversarial.detach(), "discriminator": verdict}
+
+    def _encode(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            latents: Tensor = self.latents(images)
+        return latents.float()
+
+    def _decode(self, embedded: Tensor) -> Tensor:
+        with self._autocast():
+            images: Tensor = self.images(embedded)
+        return images
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def _optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        learning = [p for p in parameters if p.requires_grad]
+        return torch.optim.AdamW(
+            learning, lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4, fused=self.device.type == "cuda"
+        )
+
+    @torch.no_grad()
+    def _follow(self, step: int) -> None:
+        share = 1 - min(0.999, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), share)
+        # The codebook is an average already, and must fit restarted codes at once.
+        self.average.quantize.embedding.weight.copy_(self.model.quantize.embedding.weight)
+
+
+def train(options: ImageTrainingOptions) -> Path:
+    """Train, evaluate on held-out pictures, and write the tokenizer with its card to `options.out`.
+
+    Returns:
+        `options.out`.
+
+    Raises:
+        MediaError: too few pictures.
+        FloatingPointError: the loss is no longer finite; the last good checkpoint stays.
+    """
+    clock = Clock(options.minutes, options.reserve_s, options.steps)
+    torch.manual_seed(options.seed)
+    torch.backends.cudnn.benchmark = True
+    trainer = ImageTrainer(options)
+    pictures = read_pictures(options.data, trainer.config.resolution)
+    batches = Batches(pictures, options.batch_size, trainer.device, options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(
+        f"{len(pictures.whole)} pictures, {len(pictures.held_out)} held out, {len(pictures.refused)} refused",
+        flush=True,
+    )
+
+    before_adversary: dict[str, Any] | None = None
+    saved_at, step, seen_at = clock.elapsed_s(), 0, 0.0
+    with (options.out / "losses.jsonl").open("w", encoding="utf-8") as log:
+        while (progress := clock.progress(step)) < 1:
+            if not trainer.quantized and progress >= trainer.CONTINUOUS_UNTIL:
+                trainer.start_codebook(batches)
+            if trainer.adversary is None and progress >= options.gan_from:
+                trainer.save(options.out / "before_adversary")
+                before_adversary = figures_of(
+                    ImageTokenizer.load(options.out / "before_adversary", trainer.device),
+                    pictures,
+                    options.out / "before_adversary",
+                )
+                print(f"before the adversary: {before_adversary}", flush=True)
+                trainer.start_adversary(step)
+            within = progress / options.gan_from
+            lr = learning_rate(options, progress, step - trainer.adversary_since)
+            logged = trainer.step(batches.next(), step, lr, restart=within < trainer.RESTART_UNTIL and step % 10 == 0)
+            step += 1
+            if clock.first_step is None:
+                logged["loss"].item()
+                clock.first_step = seen_at = clock.elapsed_s()
+                print(f"first step after {clock.first_step:.1f} s", flush=True)
+            if step % options.log_every == 0:
+                values = {name: round(float(value), 5) for name, value in logged.items()}
+                if not math.isfinite(values["loss"]):
+                    raise FloatingPointError(f"loss {values['loss']} at step {step}; try a lower lr than {options.lr}.")
+                rate = options.log_every * options.batch_size / max(clock.elapsed_s() - seen_at, 1e-9)
+                seen_at = clock.elapsed_s()
+                entry = {
+                    "step": step,
+                    "elapsed_s": round(seen_at, 1),
+                    "lr": lr,
+                    "pictures_per_s": round(rate),
+                    **values,
+                }
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+                if step % (10 * options.log_every) == 0:
+                    print(f"{progress:4.0%} " + " ".join(f"{k}={v:.4g}" for k, v in entry.items()), flush=True)
+            if clock.elapsed_s() - saved_at > options.save_every_s:
+                trainer.save(options.out)
+                saved_at = clock.elapsed_s()
+    trainer.save(options.out)
+    print(f"saved after {clock.elapsed_s():.1f} s and {step} steps", flush=True)
+    made = {
+        "steps": step,
+        "batch_size": options.batch_size,
+        "trained_s": round(clock.elapsed_s()),
+        "seed": options.seed,
+        "init": options.init.name if options.init else None,
+    }
+    data = options.data_name or options.data.name
+    write_card(options.out, trainer.device, pictures, data, options.data_licence, made, before_adversary)
+    print(f"done after {clock.elapsed_s():.1f} s", flush=True)
+    return options.out
+
+
+def learning_rate(options: ImageTrainingOptions, progress: float, steps_in_stretch: int) -> float:
+    """Cosine over each of the two stretches, before and after `gan_from`, each with a warmup by steps."""
+    start, end, peak, last = 0.0, options.gan_from, options.lr, 0.05
+    if progress >= options.gan_from:
+        start, end, peak, last = options.gan_from, 1.0, options.lr / 2, 0.01
+    within = min((progress - start) / max(end - start, 1e-9), 1.0)
+    planned = math.inf if options.steps is None else options.steps
+    warmup = min((steps_in_stretch + 1) / min(200, planned / 10), 1.0)
+    return peak * warmup * (last + (1 - last) * 0.5 * (1 + math.cos(math.pi * within)))
+
+
+def _flat(latents: Tensor) -> Tensor:
+    """[B, E, R, C] to [N, E]."""
+    return latents.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line of this module; every option is a field of `ImageTrainingOptions`."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.tokenizers.train_image", description=train.__doc__)
+    kinds: dict[str, Callable[[str], Any]] = {}
+    kinds |= {
+        "data": Path,
+        "out": Path,
+        "init": resolve,
+        "steps": int,
+        "seed": int,
+        "batch_size": int,
+        "log_every": int,
+    }
+    kinds |= dict.fromkeys(("device", "data_name", "data_licence"), str)
+    for option in fields(ImageTrainingOptions):
+        flag = "--" + option.name.replace("_", "-")
+        if option.name == "compile":
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=option.default)
+        elif option.name == "config":
+            parser.add_argument(
+                flag, type=_read_config, default=option.default, help="a config.json, for another shape"
+            )
+        else:
+            required = option.name in ("data", "out")
+            default = None if required else option.default
+            parser.add_argument(flag, type=kinds.get(option.name, float), required=required, default=default)
+    train(ImageTrainingOptions(**vars(parser.parse_args(arguments))))
+
+
+def _read_config(path: str) -> ImageTokenizerConfig:
+    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    return ImageTokenizerConfig.from_json({k: v for k, v in values.items() if k != "kind"})
+
+
+if __name__ == "__main__":
+    main()
