@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console, Group
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from pipelines.shards.dataset import Dataset
 from pipelines.shards.statistics import MODALITIES, Statistics, entropy_bits, quantile
@@ -75,10 +75,17 @@ def _codebooks(statistics: Statistics, dataset: Dataset) -> dict[str, dict[str, 
 
 def render(figures: dict[str, Any], console: Console) -> None:
     """Print the figures of `summarize` as tables."""
-    title = Text.assemble(
-        (figures["dataset"], "bold"), f"  version {figures['version']}, fingerprint {figures['fingerprint']}"
+    console.print(f"[bold]{escape(figures['dataset'])}[/]", highlight=False, soft_wrap=True)
+    console.print(
+        f"version {figures['version']}, fingerprint {figures['fingerprint']}\n"
+        f"{figures['documents']:,} documents (about {figures['distinct_documents']:,} of distinct content) "
+        f"in {figures['shards']:,} shards, {figures['bytes'] / 1e6:,.1f} MB\n",
+        highlight=False,
+        soft_wrap=True,
     )
-    console.print(Group(title, _overview(figures), _sources(figures), _codebook_table(figures)))
+    for table in (_overview(figures), _lengths(figures), _sources(figures), _codebook_table(figures)):
+        console.print(table)
+    console.print("The tokens that open a media span count as text.", style="dim")
     if figures["quarantine"]:
         table = Table("quarantine", "documents", title_justify="left")
         for reason, count in figures["quarantine"].items():
@@ -89,27 +96,28 @@ def render(figures: dict[str, Any], console: Console) -> None:
 
 
 def _overview(figures: dict[str, Any]) -> Table:
-    table = Table("", "tokens", "share", "spans", *(_quantile_name(q) for q in QUANTILES))
+    table = Table("", "tokens", "share", "spans")
     for column in table.columns[1:]:
         column.justify = "right"
     total = max(figures["tokens"]["total"], 1)
     for modality in MODALITIES:
-        tokens, spans = figures["tokens"][modality], figures["spans"][modality]
-        lengths = (f"{v:,}" for v in spans["length"].values()) if spans["count"] else ("-" for _ in QUANTILES)
-        table.add_row(modality, f"{tokens:,}", f"{tokens / total:.1%}", f"{spans['count']:,}", *lengths)
+        tokens = figures["tokens"][modality]
+        table.add_row(modality, f"{tokens:,}", f"{tokens / total:.1%}", f"{figures['spans'][modality]['count']:,}")
     table.add_section()
-    table.add_row(
-        f"{figures['documents']:,} documents",
-        f"{figures['tokens']['total']:,}",
-        f"{figures['bytes'] / 1e6:,.1f} MB",
-        f"{figures['shards']:,} shards",
-        *(f"{v:,}" for v in figures["document_tokens"].values()),
-    )
-    distinct = figures["distinct_documents"]
-    table.caption = (
-        f"Lengths in tokens by quantile. About {distinct:,} documents of distinct content. "
-        "Tokens of a modality count its special tokens as text."
-    )
+    spans = sum(figures["spans"][modality]["count"] for modality in MODALITIES)
+    table.add_row("all", f"{figures['tokens']['total']:,}", "", f"{spans:,}")
+    return table
+
+
+def _lengths(figures: dict[str, Any]) -> Table:
+    table = Table("tokens of a", *(_quantile_name(q) for q in QUANTILES))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for modality in MODALITIES:
+        span = figures["spans"][modality]
+        if span["count"]:
+            table.add_row(f"{modality} span", *(f"{v:,}" for v in span["length"].values()))
+    table.add_row("document", *(f"{v:,}" for v in figures["document_tokens"].values()))
     return table
 
 

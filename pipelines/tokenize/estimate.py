@@ -78,7 +78,7 @@ def _estimate(worker: UnitWorker, units: list[WorkUnit]) -> Estimate:
 def render(result: tuple[dict[str, Estimate], int], console: Console, workers: int | None) -> None:
     """Print an estimate as a table."""
     estimates, done = result
-    table = Table("source", "units", "input", "documents", *MODALITIES, "output", "one worker")
+    table = Table("source", "units", "input", "documents", *MODALITIES, "shards", "1 worker")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, e in estimates.items():
@@ -86,10 +86,10 @@ def render(result: tuple[dict[str, Estimate], int], console: Console, workers: i
         table.add_row(
             name,
             f"{e.units:,}",
-            f"{e.input_bytes / 1e6:,.1f} MB",
-            f"~{e.documents:,.0f}",
-            *(f"~{e.tokens[m]:,.0f}" for m in MODALITIES),
-            f"~{tokens * BYTES_PER_TOKEN / 1e6:,.1f} MB",
+            f"{_short(e.input_bytes)}B",
+            _short(e.documents),
+            *(_short(e.tokens[m]) for m in MODALITIES),
+            f"{_short(tokens * BYTES_PER_TOKEN)}B",
             _duration(e.seconds),
         )
     console.print(table)
@@ -102,6 +102,15 @@ def render(result: tuple[dict[str, Estimate], int], console: Console, workers: i
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _short(value: float) -> str:
+    """Three digits are all that an estimate is good for: 950, 15.2 k, 1.25 M."""
+    for unit in ("", " k", " M", " G"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} T"
 
 
 def _duration(seconds: float) -> str:
