@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint types check clean
+.PHONY: help venv demo test test-slow lint types check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,14 +20,14 @@ $(VENV)/.installed: pyproject.toml requirements/tokenizers.txt requirements/toke
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -r requirements/tokenizers.txt
 	@touch $@
 
-demo: venv  ## from raw pictures, voices and text to a token dataset, in $(DEMO)/
-	@$(BIN)/python -m pipelines.demo --out $(DEMO)
+demo: venv  ## from raw pictures, voices and text to generated ones, in demo/
+	@$(BIN)/python -m pipelines.demo --out $(DEMO) $(if $(PACKAGES),--packages $(PACKAGES))
 
 test: venv  ## the default tests (under 10 minutes on 2 cores)
 	@$(BIN)/python -m pytest
 
-test-all: venv  ## every test that this machine can run
-	@$(BIN)/python -m pytest -m ''
+test-slow: venv  ## the tests that take longer
+	@$(BIN)/python -m pytest -m 'slow and not slurm'
 
 lint: venv  ## style
 	@$(BIN)/ruff check .

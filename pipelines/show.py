@@ -44,9 +44,13 @@ def dataset_tokenizers(dataset: Dataset) -> Tokenizers:
     """The tokenizers that the dataset was made with, by its newest recipe.
 
     Raises:
+        DatasetError: no recipe says which they are.
         VocabularyError: what lies there now is another tokenizer.
     """
-    newest = dataset.storage.names("recipes")[-1]
+    recipes = dataset.storage.names("recipes")
+    if not recipes:
+        raise DatasetError(f"{dataset.uri}/recipes is empty, so its tokenizers are unknown; restore the recipe there")
+    newest = recipes[-1]
     recipe = TokenizeRecipe.model_validate(yaml.safe_load(dataset.storage.read(f"recipes/{newest}")))
     tokenizers = Tokenizers.load(recipe)
     dataset.vocabulary.require_same(

@@ -109,26 +109,42 @@ class Strip:
 
     Crops may cross from one clip into the next: a tokenizer must follow such changes too, and so every crop has its full
     length without padding.
+
+    Args:
+        sounds: Holds the clips.
+        paths: Training clips.
+        length: Samples of a crop.
+        device: Where crops are wanted.
+        seed: For the order.
+
+    Raises:
+        ValueError: the clips together are shorter than one crop.
     """
 
-    def __init__(self, sounds: Sounds, paths: list[str], device: torch.device, generator: torch.Generator) -> None:
-        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(generator.initial_seed())).tolist()
+    def __init__(self, sounds: Sounds, paths: list[str], length: int, device: torch.device, seed: int) -> None:
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
         gap = np.zeros(int(GAP_SECONDS * sounds.sample_rate_hz), np.int16)
         pieces = [piece for index in order for piece in (sounds.clips[paths[index]], gap)]
         self.samples = torch.from_numpy(np.concatenate(pieces)).to(device)
-        self.generator = generator
-
-    def crops(self, count: int, length: int, gain_db: tuple[float, float]) -> Tensor:
-        """Random crops at random gains, float32 [count, 1, length] in [-1, 1]."""
-        device = self.samples.device
-        if len(self.samples) <= length:
+        self.within = torch.arange(length, device=device)
+        self.starts = len(self.samples) - length
+        """Number of places where a crop may start."""
+        if self.starts < 1:
             raise ValueError(f"{len(self.samples)} training samples are fewer than one crop of {length}: add sounds.")
-        starts = torch.randint(len(self.samples) - length, (count, 1), generator=self.generator, device=device)
-        waveforms = self.samples[starts + torch.arange(length, device=device)].float() / 32767.0
-        low, high = gain_db
-        gains = low + (high - low) * torch.rand(count, 1, generator=self.generator, device=device)
+
+    def crops(self, starts: Tensor, gain_db: Tensor) -> Tensor:
+        """Crops at the given gains, which are reduced where a peak would exceed 1.
+
+        Args:
+            starts: int64 [B], each in [0, `self.starts`).
+            gain_db: float32 [B].
+
+        Returns:
+            float32 [B, 1, length] in [-1, 1].
+        """
+        waveforms = self.samples[starts[:, None] + self.within].float() / 32767.0
         peaks = waveforms.abs().amax(dim=1, keepdim=True).clamp_min(1e-4)
-        return (waveforms * torch.minimum(10.0 ** (gains / 20.0), 1.0 / peaks))[:, None]
+        return (waveforms * torch.minimum(10.0 ** (gain_db[:, None] / 20.0), 1.0 / peaks))[:, None]
 
 
 def _files(source: Path) -> Iterator[tuple[str, bytes]]:

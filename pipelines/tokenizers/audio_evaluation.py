@@ -21,14 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipelines.tokenizers.audio_codec import Codec
 from pipelines.tokenizers.audio_data import Sounds
-from pipelines.tokenizers.audio_losses import magnitudes, mel_filters
+from pipelines.tokenizers.audio_losses import mel_filters
 from pipelines.tokenizers.encodec import AudioTokenizer
 
 MEL_WINDOW, MEL_BANDS = 1024, 80
 DEPTHS = (1, 2, 4, 8)
 CLIPS = 120
 SHOWN = 4
+CONTINUOUS_CLIPS, CONTINUOUS_SECONDS = 16, 2
 
 
 def require_estoi() -> None:
@@ -102,6 +104,21 @@ def estoi(original: np.ndarray, decoded: np.ndarray, sample_rate_hz: int) -> flo
             return math.nan
 
 
+@torch.no_grad()
+def continuous_estoi(codec: Codec, sounds: Sounds, paths: Sequence[str]) -> tuple[float, int]:
+    """Mean ESTOI of an autoencoder without its codebooks, and over how many clips: better, no codebook can make it."""
+    device, length = next(codec.parameters()).device, CONTINUOUS_SECONDS * sounds.sample_rate_hz
+    figures = []
+    # One length for all: in training, convolution algorithms are chosen by timing, once for each length.
+    for path in paths[:CONTINUOUS_CLIPS]:
+        original = sounds.waveform(path)[:length]
+        padded = torch.from_numpy(np.pad(original, (0, length - len(original))))[None, None]
+        decoded = codec.decode(codec.encode(padded.to(device)))[0, 0, : len(original)].cpu().numpy()
+        figures.append(estoi(original, decoded, sounds.sample_rate_hz))
+    held = [figure for figure in figures if not math.isnan(figure)]
+    return float(np.mean(held)) if held else math.nan, len(held)
+
+
 def si_sdr_db(original: np.ndarray, decoded: np.ndarray) -> float:
     """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al., 2019)."""
     target = original * (np.dot(decoded, original) / max(np.dot(original, original), 1e-9))
@@ -114,8 +131,9 @@ def log_mel_db(waveform: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     samples = torch.from_numpy(waveform)
     if len(samples) < MEL_WINDOW:
         samples = torch.nn.functional.pad(samples, (0, MEL_WINDOW - len(samples)))
-    spectrum = magnitudes(samples[None, None], torch.hann_window(MEL_WINDOW))[0]
-    mel = mel_filters(sample_rate_hz, MEL_WINDOW, MEL_BANDS) @ spectrum
+    window = torch.hann_window(MEL_WINDOW)
+    spectrum = torch.stft(samples, MEL_WINDOW, MEL_WINDOW // 4, window=window, return_complex=True).abs()
+    mel = mel_filters(sample_rate_hz, MEL_WINDOW, MEL_BANDS) @ (spectrum / window.square().sum().sqrt())
     decibels: np.ndarray = (20.0 * torch.log10(mel.clamp_min(1e-4))).numpy()
     return decibels
 

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipelines.sequence import VocabularyError
 from pipelines.tokenizers.checkpoint import (
     CheckpointError,
     checkpoint_sha256,
@@ -42,14 +43,10 @@ from pipelines.tokenizers.checkpoint import (
 
 GPU_ROWS = 16
 """Rows of every batch on an accelerator; a constant, because codes depend on it."""
-ELU_GAIN = 1.25
-"""Restores unit variance after an ELU of a unit normal."""
+LINEAR_RMS = 0.2
+"""Of signals inside a network that was just initialised."""
 BUCKET_FRAMES = 64
 """Clips on an accelerator are padded to a multiple of this many frames; the padding's codes are dropped."""
-
-
-class CodeError(ValueError):
-    """Codes that no codebook holds; the message names codebook, frame and value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,26 +149,29 @@ class EncodecNetwork(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Random weights under which a waveform reaches the latents, and latents the waveform, at about unit variance.
+        """Random weights under which the network is nearly linear, and passes waveforms at their level.
 
-        PyTorch's default loses a factor of about 0.6 a layer and adds random biases, so that 18 layers on the latents are
-        nearly constant whatever the input; training then spends its first thousands of steps on a plateau.
+        Inside, signals have an RMS of `LINEAR_RMS`, where an ELU is almost the identity; shortcuts are the identity, and
+        residual branches whisper. So the network starts as a filter bank and its inverse, which learn to follow waveforms
+        within a few hundred steps; random layers of full nonlinearity scramble phase, and stay on a plateau of noise that
+        merely has the right envelope.
         """
         for part, rms_in, rms_out in ((self.encoder, 0.1, 1.0), (self.decoder, 1.0, 0.1)):
             convolutions = [module for module in part.modules() if isinstance(module, nn.Conv1d | nn.ConvTranspose1d)]
             for module in convolutions:
                 # A transposed convolution of kernel 2 x stride lets two taps of each input channel reach a sample.
                 taps = 2 if isinstance(module, nn.ConvTranspose1d) else module.kernel_size[0]
-                nn.init.normal_(module.weight, std=ELU_GAIN / math.sqrt(module.in_channels * taps))
+                nn.init.normal_(module.weight, std=1.0 / math.sqrt(module.in_channels * taps))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             for block in part.modules():
                 if hasattr(block, "shortcut"):
-                    # Branch and shortcut are added: together they keep the variance.
-                    for branch, gain in ((block.block, 0.5), (block.shortcut, 0.8)):
-                        [module for module in branch.modules() if isinstance(module, nn.Conv1d)][-1].weight.mul_(gain)
-            convolutions[0].weight.div_(rms_in * ELU_GAIN)
-            convolutions[-1].weight.mul_(rms_out)
+                    branch, shortcut = block.get_submodule("block"), block.get_submodule("shortcut")
+                    [module for module in branch.modules() if isinstance(module, nn.Conv1d)][-1].weight.mul_(0.2)
+                    for convolution in (module for module in shortcut.modules() if isinstance(module, nn.Conv1d)):
+                        nn.init.dirac_(convolution.weight)
+            convolutions[0].weight.mul_(LINEAR_RMS / rms_in)
+            convolutions[-1].weight.mul_(rms_out / LINEAR_RMS)
 
     @property
     def codebooks(self) -> list[nn.Module]:
@@ -210,7 +210,7 @@ class EncodecNetwork(nn.Module):
             raise CheckpointError(f"{where}: the weights do not fit the config: {'; '.join(sorted(faults)[:5])}.")
         self.load_state_dict(given, strict=False)
         for codebook in self.codebooks:
-            codebook.embed_avg.copy_(codebook.embed)  # type: ignore[operator, union-attr]
+            codebook.embed_avg.copy_(codebook.embed)  # type: ignore[operator, union-attr, arg-type]
             codebook.cluster_size.fill_(1.0)  # type: ignore[operator, union-attr]
             codebook.inited.fill_(1.0)  # type: ignore[operator, union-attr]
 
@@ -333,7 +333,7 @@ class AudioTokenizer:
             float32 [frames * hop] at `sample_rate_hz`, nominally in [-1, 1].
 
         Raises:
-            CodeError: another shape, or a code outside its codebook; the message names codebook, frame and value.
+            VocabularyError: another shape, or a code outside its codebook; the message names codebook, frame and value.
         """
         return self.decode_batch([codes])[0]
 
@@ -344,7 +344,7 @@ class AudioTokenizer:
             self._check(codes)
         depths = sorted({codes.shape[1] for codes in clips})
         if len(depths) > 1:
-            raise CodeError(f"clips of one batch have {depths} codebooks: decode clips of equal depth together.")
+            raise VocabularyError(f"clips of one batch have {depths} codebooks: decode clips of equal depth together.")
         waveforms: list[np.ndarray] = [np.empty(0)] * len(clips)
         for indices, frames in self._batches([len(codes) for codes in clips]):
             rows = torch.zeros(self._rows, depths[0], frames, dtype=torch.int64)
@@ -373,14 +373,14 @@ class AudioTokenizer:
 
     def _check(self, codes: np.ndarray) -> None:
         if codes.ndim != 2 or not len(codes) or not 1 <= codes.shape[1] <= self.n_q:
-            raise CodeError(
+            raise VocabularyError(
                 f"codes have shape {list(codes.shape)}, but {self.name} decodes [frames, K] with at least one frame "
                 f"and K from 1 to {self.n_q}."
             )
         outside = (codes < 0) | (codes >= self.codebook_size)
         if outside.any():
             frame, codebook = np.argwhere(outside)[0]
-            raise CodeError(
+            raise VocabularyError(
                 f"code {codes[frame, codebook]} of codebook {codebook} in frame {frame} lies outside "
                 f"[0, {self.codebook_size}) of {self.name}; {int(outside.sum())} such codes in all. Audio ids are "
                 f"code + codebook * {self.codebook_size}: subtract the codebook's offset first."

@@ -19,12 +19,6 @@ from pipelines.tokenizers.image_evaluation import evaluate, write_sheet
 from pipelines.tokenizers.vqgan import ImageTokenizer, ImageTokenizerConfig
 
 
-def figures_of(tokenizer: ImageTokenizer, pictures: PictureSet, folder: Path) -> dict[str, Any]:
-    """Figures on the held-out pictures, as `evaluate` gives them, and samples.png in `folder`."""
-    write_sheet(tokenizer, pictures.held_out, folder / "samples.png")
-    return evaluate(tokenizer, pictures.held_out)
-
-
 def write_card(
     folder: Path,
     device: torch.device,
@@ -32,7 +26,6 @@ def write_card(
     data: str,
     data_licence: str,
     made: Mapping[str, Any],
-    before_adversary: Mapping[str, Any] | None,
 ) -> None:
     """Evaluate the tokenizer in `folder` on `device` and write its card, in both forms.
 
@@ -40,7 +33,6 @@ def write_card(
         data: What the pictures are.
         data_licence: Empty if nobody stated it.
         made: JSON values that tell how it was trained: steps, batch_size, trained_s, seed, init.
-        before_adversary: Figures from before the adversarial stretch, if there was one.
     """
     tokenizer = ImageTokenizer.load(folder, device)
     threads = torch.get_num_threads()
@@ -55,10 +47,10 @@ def write_card(
         **made,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} threads",
         "software": f"torch {torch.__version__}, Python {platform.python_version()}",
-        "command": "python -m pipelines.tokenizers.train_image " + shlex.join(sys.argv[1:]),
-        "figures": figures_of(tokenizer, pictures, folder),
-        "figures_before_adversary": before_adversary,
+        "command": "braid tokenizer train image " + shlex.join(sys.argv[1:]),
+        "figures": evaluate(tokenizer, pictures.held_out),
     }
+    write_sheet(tokenizer, pictures.held_out, folder / "samples.png")
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     (folder / "card.md").write_text(card_text(card, tokenizer.config), encoding="utf-8")
     print(json.dumps(card["figures"]), flush=True)
@@ -79,15 +71,13 @@ def card_text(card: Mapping[str, Any], config: ImageTokenizerConfig) -> str:
         "## On held-out pictures",
         "",
         f"Held out: {card['held_out']}. PSNR in dB, L1 on a scale of 255; relative sharpness is 1 where "
-        "reconstructions have as much edge as the pictures.",
+        "reconstructions have as much edge as the pictures. Chroma error: the mean error of R - G and B - G on a scale of "
+        "255, over pictures with colour; `chroma_error_of_grey` is what their copies without colour have.",
         "",
         "| " + " | ".join(["", *card["figures"]]) + " |",
         "|" + "---|" * (len(card["figures"]) + 1),
         "| this tokenizer | " + " | ".join(str(v) for v in card["figures"].values()) + " |",
     ]
-    if card["figures_before_adversary"]:
-        values = " | ".join(str(v) for v in card["figures_before_adversary"].values())
-        lines.append(f"| before the adversarial stretch | {values} |")
     lines += ["", "## How it was made", ""]
     told = ("steps", "batch_size", "trained_s", "seed", "init", "hardware", "software", "sha256")
     lines += [f"- {name}: {card[name]}" for name in told if card[name] is not None]

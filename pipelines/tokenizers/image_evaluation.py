@@ -9,8 +9,11 @@ from PIL import Image
 
 from pipelines.corpus.pictures import Pixels
 from pipelines.tokenizers.codebook import perplexity
-from pipelines.tokenizers.image_losses import psnr, sharpness, ssim
+from pipelines.tokenizers.image_losses import chroma_error, psnr, sharpness, ssim, without_chroma
 from pipelines.tokenizers.vqgan import ImageTokenizer, as_images
+
+COLOURED = 1.0
+"""A picture has colour if its grey copy has a greater chroma error than this, of 255."""
 
 
 def evaluate(tokenizer: ImageTokenizer, pictures: Pixels, batch_size: int = 64) -> dict[str, Any]:
@@ -20,8 +23,10 @@ def evaluate(tokenizer: ImageTokenizer, pictures: Pixels, batch_size: int = 64) 
         pictures: uint8 [N, H, W, 3], not seen in training.
 
     Returns:
-        JSON values: means over pictures of PSNR in dB, SSIM and L1 (of 255), sharpness of the reconstructions
-        relative to the pictures (1 is alike, less is blurred), the number of codes used, and their perplexity.
+        JSON values: means over pictures of PSNR in dB, SSIM and L1 (of 255); sharpness of the reconstructions relative
+        to the pictures (1 is alike, less is blurred); over pictures with colour, the chroma error (of 255) beside that
+        of their grey copies as the yardstick (None if no picture has colour); the number of codes used, and their
+        perplexity.
     """
     used = np.zeros(tokenizer.codebook_size, np.int64)
     found: dict[str, list[torch.Tensor]] = {
@@ -30,6 +35,8 @@ def evaluate(tokenizer: ImageTokenizer, pictures: Pixels, batch_size: int = 64) 
         "l1_of_255": [],
         "sharp": [],
         "sharp_original": [],
+        "chroma": [],
+        "chroma_grey": [],
     }
     for start in range(0, len(pictures), batch_size):
         originals = pictures[start : start + batch_size]
@@ -41,13 +48,23 @@ def evaluate(tokenizer: ImageTokenizer, pictures: Pixels, batch_size: int = 64) 
         found["l1_of_255"].append((x - y).abs().mean(dim=(1, 2, 3)) * 127.5)
         found["sharp"].append(sharpness(y))
         found["sharp_original"].append(sharpness(x))
-    mean = {name: float(torch.cat(values).mean()) for name, values in found.items()}
+        found["chroma"].append(chroma_error(x, y))
+        found["chroma_grey"].append(chroma_error(x, without_chroma(x)))
+    figures = {name: torch.cat(values) for name, values in found.items()}
+    coloured = figures["chroma_grey"] > COLOURED
+    chroma = {
+        "chroma_error": figures["chroma"][coloured].mean(),
+        "chroma_error_of_grey": figures["chroma_grey"][coloured].mean(),
+    }
+    mean = {name: float(values.mean()) for name, values in figures.items()}
     return {
         "pictures": len(pictures),
         "psnr_db": round(mean["psnr_db"], 3),
         "ssim": round(mean["ssim"], 4),
         "l1_of_255": round(mean["l1_of_255"], 3),
         "relative_sharpness": round(mean["sharp"] / mean["sharp_original"], 4),
+        **{name: round(float(value), 3) if coloured.any() else None for name, value in chroma.items()},
+        "coloured_pictures": int(coloured.sum()),
         "codes_used": int((used > 0).sum()),
         "codebook_size": tokenizer.codebook_size,
         "perplexity": round(perplexity(torch.from_numpy(used)), 1),

@@ -1,12 +1,13 @@
 """Train an image tokenizer on a folder of pictures.
 
-    python -m pipelines.tokenizers.train_image --data FOLDER --out DIR --minutes 9 --seed 0
+    braid tokenizer train image --data FOLDER --out DIR --minutes 9 --seed 0
 
 Enters: any pictures, at any depth. Leaves: a tokenizer folder (see `checkpoint`), with losses.jsonl and samples.png
 beside it. Always holds: within the time box, which counts everything from the first line on, there is a checkpoint.
 
-Three stretches, in shares of the run: first without a codebook, so that k-means finds latents worth quantizing; then
-with it; and from `gan_from` on, encoder and codebook stand still while the decoder learns against a discriminator.
+Two stretches, in shares of the run: first without a codebook, long enough that shape and colour are both in the latents,
+because a codebook placed by k-means holds only what it finds there; then with it. No discriminator follows: on drawings
+it cost fidelity and drew hues that were not there.
 """
 
 import argparse
@@ -22,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipelines.tokenizers.adversary import PatchAdversary, balanced_gradient
 from pipelines.tokenizers.checkpoint import resolve, write_checkpoint
 from pipelines.tokenizers.codebook import MovingCodebook
-from pipelines.tokenizers.image_card import figures_of, write_card
+from pipelines.tokenizers.image_card import write_card
 from pipelines.tokenizers.image_data import Batches, read_pictures
 from pipelines.tokenizers.image_losses import reconstruction_loss
+from pipelines.tokenizers.image_start import start_as_pyramid
 from pipelines.tokenizers.vqgan import VQGAN, ImageTokenizer, ImageTokenizerConfig, TowerConfig
 
 DRAWINGS = ImageTokenizerConfig(
@@ -60,10 +61,8 @@ class ImageTrainingOptions:
     seed: int = 0
     batch_size: int = 128
     lr: float = 1e-3
-    gan_from: float = 0.6
-    """Share of the run after which the decoder alone learns, against a discriminator; 1 for never."""
-    gan_weight: float = 0.4
-    """How hard the discriminator pulls, relative to the reconstruction loss."""
+    continuous_until: float = 0.4
+    """Share of the run without a codebook."""
     init: Path | None = None
     """Continue from this tokenizer: architecture and weights."""
     config: ImageTokenizerConfig = DRAWINGS
@@ -105,16 +104,15 @@ class Clock:
 class ImageTrainer:
     """The network being trained, its moving average, and what one step does to them."""
 
-    CONTINUOUS_UNTIL = 0.08
-    """Share of the run without a codebook."""
-    RESTART_UNTIL = 0.8
-    """Share of the quantized stretch in which dead codes start again; after that the codebook settles."""
+    RESTART_UNTIL = 0.85
+    """Share of the run after which dead codes no longer start again, so that the codebook settles."""
 
     def __init__(self, options: ImageTrainingOptions) -> None:
         self.options = options
         self.device = torch.device(options.device)
         if options.init is None:
             self.config, self.model = options.config, VQGAN(options.config)
+            start_as_pyramid(self.model)
         else:
             self.config = (given := ImageTokenizer.load(options.init)).config
             self.model = given.model.requires_grad_(True)
@@ -123,10 +121,12 @@ class ImageTrainer:
         self.model.quantize.requires_grad_(False)
         self.codebook = MovingCodebook(self.model.quantize.embedding.weight)
         self.quantized = options.init is not None
+        self.spread = torch.ones((), device=self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.adversary: PatchAdversary | None = None
-        self.adversary_since = 0
-        self.optimizer = self._optimizer(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4, fused=self.device.type == "cuda",
+        )  # fmt: skip
         wrap: Callable[..., Any] = torch.compile if options.compile else lambda function: function
         self.latents = wrap(self.model.latents)
         self.images = wrap(self.model.images)
@@ -138,28 +138,18 @@ class ImageTrainer:
         found: list[Tensor] = []
         while sum(map(len, found)) < wanted:
             found.append(_flat(self._encode(batches.next()).detach()))
-        self.codebook.initialize(torch.cat(found)[:wanted])
+        latents = torch.cat(found)[:wanted]
+        self.codebook.initialize(latents)
+        # Nothing held the latents' scale so far; the commitment is weighed relative to it.
+        self.spread = latents.var(dim=0).mean()
         self.quantized = True
-
-    def start_adversary(self, step: int) -> None:
-        """From here on the averaged encoder and codebook stand still, and the decoder learns alone."""
-        self.model.load_state_dict(self.average.state_dict())
-        adversary = PatchAdversary(lr=0.4 * self.options.lr)
-        self.adversary = adversary.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.adversary_since = step
-        decoding = [*self.model.decoder.parameters(), *self.model.post_quant_conv.parameters()]
-        self.optimizer = self._optimizer(decoding)
 
     def step(self, images: Tensor, step: int, lr: float, *, restart: bool) -> dict[str, Tensor]:
         """One step on images [B, 3, R, R]; returns detached scalars."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.adversary is None:
-            logged = self._step_autoencoder(images, restart=restart)
-        else:
-            logged = self._step_decoder(images, step)
-        parameters = self.optimizer.param_groups[0]["params"]
-        logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        logged = self._backward(images, restart=restart)
+        logged["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._follow(step)
@@ -169,30 +159,17 @@ class ImageTrainer:
         """Write the averaged network as a tokenizer, in float16: half the size, and no visible difference."""
         return write_checkpoint(folder, self.config.to_json(), self.average.state_dict(), torch.float16)
 
-    def _step_autoencoder(self, images: Tensor, *, restart: bool) -> dict[str, Tensor]:
+    def _backward(self, images: Tensor, *, restart: bool) -> dict[str, Tensor]:
         latents = self._encode(images)
         if self.quantized:
-            embedded, commitment, (_, _, codes) = self.model.quantize(latents)
+            embedded, distance, (_, _, codes) = self.model.quantize(latents)
+            commitment = distance / self.spread
             self.codebook.update(_flat(latents.detach()), codes.flatten(), restart=restart)
         else:
             embedded, commitment = latents, torch.zeros((), device=self.device)
         loss = self.reconstruction_loss(images, self._decode(embedded))
         (loss + commitment).backward()
         return {"loss": loss.detach(), "commitment": commitment.detach()}
-
-    def _step_decoder(self, images: Tensor, step: int) -> dict[str, Tensor]:
-        assert self.adversary is not None
-        # With gradients recorded and dropped, the compiled graph of the first stretches serves on.
-        embedded = self.model.quantize(self._encode(images).detach())[0].requires_grad_()
-        fakes = self._decode(embedded)
-        loss = self.reconstruction_loss(images, fakes)
-        with self._autocast():
-            verdict = self.adversary.learn(images, fakes)
-            adversarial = self.adversary.teach(images, fakes)
-        # The discriminator first has to know what to look for.
-        ramp = min((step - self.adversary_since) / 500, 1.0)
-        fakes.backward(balanced_gradient(fakes, loss, adversarial, ramp * self.options.gan_weight))
-        return {"loss": loss.detach(), "adversarial": adversarial.detach(), "discriminator": verdict}
 
     def _encode(self, images: Tensor) -> Tensor:
         with self._autocast():
@@ -201,17 +178,12 @@ class ImageTrainer:
 
     def _decode(self, embedded: Tensor) -> Tensor:
         with self._autocast():
-            images: Tensor = self.images(embedded)
+            # One memory layout in both stretches, or the second would be compiled anew.
+            images: Tensor = self.images(embedded.contiguous(memory_format=torch.channels_last))
         return images
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
-
-    def _optimizer(self, parameters: Any) -> torch.optim.Optimizer:
-        learning = [p for p in parameters if p.requires_grad]
-        return torch.optim.AdamW(
-            learning, lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4, fused=self.device.type == "cuda"
-        )
 
     @torch.no_grad()
     def _follow(self, step: int) -> None:
@@ -243,24 +215,14 @@ def train(options: ImageTrainingOptions) -> Path:
         flush=True,
     )
 
-    before_adversary: dict[str, Any] | None = None
     saved_at, step, seen_at = clock.elapsed_s(), 0, 0.0
     with (options.out / "losses.jsonl").open("w", encoding="utf-8") as log:
         while (progress := clock.progress(step)) < 1:
-            if not trainer.quantized and progress >= trainer.CONTINUOUS_UNTIL:
+            if not trainer.quantized and progress >= options.continuous_until:
                 trainer.start_codebook(batches)
-            if trainer.adversary is None and progress >= options.gan_from:
-                trainer.save(options.out / "before_adversary")
-                before_adversary = figures_of(
-                    ImageTokenizer.load(options.out / "before_adversary", trainer.device),
-                    pictures,
-                    options.out / "before_adversary",
-                )
-                print(f"before the adversary: {before_adversary}", flush=True)
-                trainer.start_adversary(step)
-            within = progress / options.gan_from
-            lr = learning_rate(options, progress, step - trainer.adversary_since)
-            logged = trainer.step(batches.next(), step, lr, restart=within < trainer.RESTART_UNTIL and step % 10 == 0)
+            lr = learning_rate(options, progress, step)
+            restart = progress < trainer.RESTART_UNTIL and step % 10 == 0
+            logged = trainer.step(batches.next(), step, lr, restart=restart)
             step += 1
             if clock.first_step is None:
                 logged["loss"].item()
@@ -296,20 +258,16 @@ def train(options: ImageTrainingOptions) -> Path:
         "init": options.init.name if options.init else None,
     }
     data = options.data_name or options.data.name
-    write_card(options.out, trainer.device, pictures, data, options.data_licence, made, before_adversary)
+    write_card(options.out, trainer.device, pictures, data, options.data_licence, made)
     print(f"done after {clock.elapsed_s():.1f} s", flush=True)
     return options.out
 
 
-def learning_rate(options: ImageTrainingOptions, progress: float, steps_in_stretch: int) -> float:
-    """Cosine over each of the two stretches, before and after `gan_from`, each with a warmup by steps."""
-    start, end, peak, last = 0.0, options.gan_from, options.lr, 0.05
-    if progress >= options.gan_from:
-        start, end, peak, last = options.gan_from, 1.0, options.lr / 2, 0.01
-    within = min((progress - start) / max(end - start, 1e-9), 1.0)
+def learning_rate(options: ImageTrainingOptions, progress: float, step: int) -> float:
+    """Cosine over the run, from `options.lr` to a fiftieth of it, with a warmup by steps."""
     planned = math.inf if options.steps is None else options.steps
-    warmup = min((steps_in_stretch + 1) / min(200, planned / 10), 1.0)
-    return peak * warmup * (last + (1 - last) * 0.5 * (1 + math.cos(math.pi * within)))
+    warmup = min((step + 1) / min(200, planned / 10), 1.0)
+    return options.lr * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def _flat(latents: Tensor) -> Tensor:
@@ -319,7 +277,7 @@ def _flat(latents: Tensor) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line of this module; every option is a field of `ImageTrainingOptions`."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.tokenizers.train_image", description=train.__doc__)
+    parser = argparse.ArgumentParser(prog="braid tokenizer train image", description=train.__doc__)
     kinds: dict[str, Callable[[str], Any]] = {}
     kinds |= {
         "data": Path,

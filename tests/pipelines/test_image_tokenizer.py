@@ -15,6 +15,8 @@ from pipelines.corpus.pictures import Pixels
 from pipelines.sequence import VocabularyError
 from pipelines.tokenizers.checkpoint import CheckpointError, checkpoint_sha256, write_checkpoint
 from pipelines.tokenizers.image_data import is_held_out, read_pictures
+from pipelines.tokenizers.image_losses import chroma_error, reconstruction_loss, without_chroma
+from pipelines.tokenizers.image_start import start_as_pyramid
 from pipelines.tokenizers.train_image import ImageTrainingOptions, train
 from pipelines.tokenizers.vqgan import VQGAN, ImageTokenizer, ImageTokenizerConfig, TowerConfig
 
@@ -214,7 +216,7 @@ def test_training_lowers_the_loss_and_leaves_a_tokenizer_with_its_card(tmp_path:
     _draw(data, 24)
     (data / "broken.png").write_bytes(b"no picture")
     options = ImageTrainingOptions(
-        data=data, out=out, minutes=2, steps=30, batch_size=8, lr=2e-3, gan_from=0.8, config=TINY, device="cpu",
+        data=data, out=out, minutes=2, steps=30, batch_size=8, lr=2e-3, config=TINY, device="cpu",
         compile=False, log_every=4, data_licence="made by this test",
     )  # fmt: skip
     assert train(options) == out
@@ -232,12 +234,42 @@ def test_training_lowers_the_loss_and_leaves_a_tokenizer_with_its_card(tmp_path:
     assert card["data_licence"] == "made by this test"
     assert card["figures"]["pictures"] == 2
     assert card["figures"]["codes_used"] > 1
-    assert card["figures_before_adversary"]
+    assert card["figures"]["coloured_pictures"] == 2
+    assert 0 < card["figures"]["chroma_error"] < 2 * card["figures"]["chroma_error_of_grey"]
     text = (out / "card.md").read_text()
     assert "# mine" in text
     assert tokenizer.sha256 in text
     assert str(card["figures"]["psnr_db"]) in text
     assert Image.open(out / "samples.png").size[0] == 12 * 32
+
+
+def _flat_colours(seed: int) -> torch.Tensor:
+    """Images [16, 3, 32, 32]: on white, a square of one colour each."""
+    images = torch.ones(16, 3, 32, 32)
+    images[:, :, 8:24, 8:24] = torch.rand(16, 3, 1, 1, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return images
+
+
+def test_an_untrained_network_already_tells_hues_apart() -> None:
+    torch.manual_seed(0)
+    model = VQGAN(dataclasses.replace(TINY, norm_groups=4))
+    start_as_pyramid(model)
+    images = _flat_colours(0)
+    with torch.no_grad():
+        latents, grey = model.latents(images), model.latents(without_chroma(images))
+        seen = model.images(latents) - model.images(grey)
+    inside = (slice(None), slice(None), slice(3, 5), slice(3, 5))
+    assert (latents - grey)[inside].std() > 0.2 * latents.std()
+    assert seen[:, :, 14:18, 14:18].std() > 0.1
+
+
+def test_the_loss_and_the_chroma_error_see_a_wrong_hue_of_the_right_brightness() -> None:
+    images = _flat_colours(1)
+    turned = images.roll(1, dims=1)
+    torch.testing.assert_close(without_chroma(turned), without_chroma(images))
+    brightened = images + 0.1
+    assert (chroma_error(images, turned) > 5 * chroma_error(images, brightened)).all()
+    assert reconstruction_loss(images, turned) > reconstruction_loss(images, without_chroma(images))
 
 
 def test_pictures_held_out_are_never_trained_on_even_as_copies(tmp_path: Path) -> None:

@@ -1,0 +1,204 @@
+"""The loop that makes tokens: a batch of continuations, one cache.
+
+Enters: continuations whose prompts may differ in length and that may want different things. Leaves: all of them closed.
+Always holds: every token was chosen among what its continuation allowed, by the head of its modality. While all rows
+are inside media spans of one kind, which is nearly always, nothing waits for the device: such a stretch is one loop.
+
+Shapes: B rows, D hidden, V ids that may stand at a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import KeyValueCache, UnifiedTransformer
+from pipelines.generate.continuation import Continuation
+from pipelines.generate.errors import GenerateError
+from pipelines.generate.request import Request
+from pipelines.generate.sampling import sample
+from pipelines.sequence import Allowed, Modality
+
+REPORT_EVERY = 16
+"""Steps between two calls of the watcher within a stretch."""
+
+
+class Watcher(Protocol):
+    """Is told of progress."""
+
+    def started(self, tokens: int) -> None:
+        """Generation begins; it will take at most so many tokens."""
+
+    def advanced(self, tokens: int) -> None:
+        """So many tokens are new."""
+
+
+class Decoding:
+    """Continues all rows of a batch to their ends."""
+
+    def __init__(
+        self,
+        model: UnifiedTransformer,
+        rows: Sequence[Continuation],
+        seeds: Sequence[int],
+        request: Request,
+        watcher: Watcher | None = None,
+    ) -> None:
+        """Allocate the cache and draw all random numbers.
+
+        Args:
+            seeds: one a row; a row's draws depend on its own seed alone.
+        """
+        self._model = model
+        self._rows = rows
+        self._request = request
+        self._watcher = watcher
+        weight = model.modality_embedding.weight
+        self._device = weight.device
+        longest = max(row.prompt_tokens + row.most_new_tokens for row in rows)
+        self._cache = KeyValueCache(model.config, len(rows), longest, self._device, weight.dtype)
+        # On the CPU, so that a seed means the same on every machine.
+        steps = max(row.most_new_tokens for row in rows)
+        draws = [torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        self._uniforms = torch.stack(draws, dim=1).to(self._device)
+        """float64 [steps, B]."""
+        self._step = self._reported = 0
+        self._alive = torch.ones(len(rows), dtype=torch.int64, device=self._device)
+        """int64 [B]: 1 for rows that go on. A closed row is computed along, but its cache stands still."""
+        self._fed: list[int] = []
+        """Tokens of each row that the model has read."""
+        self._going: list[int] = []
+        """Indices of the rows that go on."""
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Make tokens until every row is closed.
+
+        Raises:
+            GenerateError: the model computes no finite numbers.
+        """
+        hidden = self._prefill()
+        if not bool(hidden.isfinite().all()):
+            raise GenerateError(
+                "the model computes NaN or infinity for this prompt: its training diverged; use an earlier one"
+            )
+        while True:
+            stretch = self._stretch()
+            ids, kinds = self._media_codes(hidden, stretch) if stretch else self._one_token(hidden)
+            if not self._update_going():
+                break
+            hidden = self._feed(ids, kinds)
+        self._report(self._new_tokens() - self._reported)
+
+    def _new_tokens(self) -> int:
+        return sum(len(row.token_ids) - row.prompt_tokens for row in self._rows)
+
+    def _prefill(self) -> Tensor:
+        for row in self._rows:
+            while (forced := row.forced) is not None:
+                row.take(forced)
+        self._fed = [len(row.token_ids) for row in self._rows]
+        self._report(self._new_tokens())
+        ids, kinds = torch.zeros(2, len(self._rows), max(self._fed), dtype=torch.int64)
+        for b, row in enumerate(self._rows):
+            ids[b, : self._fed[b]] = torch.tensor(row.token_ids)
+            kinds[b, : self._fed[b]] = torch.tensor(row.modality_ids)
+        self._update_going()
+        lengths = torch.tensor(self._fed, device=self._device)
+        return self._model.prefill(ids.to(self._device), kinds.to(self._device), self._cache, lengths)
+
+    def _update_going(self) -> bool:
+        going = [b for b, row in enumerate(self._rows) if row.allowed is not None]
+        if going != self._going:
+            self._going = going
+            self._alive.zero_()
+            self._alive[going] = 1
+        return bool(going)
+
+    def _feed(self, ids: Tensor, kinds: Tensor) -> Tensor:
+        """Let the model read one token a row, int64 [B]; the hidden states [B, D] that predict the next."""
+        hidden = self._model.hidden_states(ids[:, None], kinds[:, None], cache=self._cache)[:, 0]
+        self._cache.advance(1, self._alive)
+        for b in self._going:
+            self._fed[b] += 1
+        self._cache.occupied = max(self._fed)
+        return hidden
+
+    def _choose(self, hidden: Tensor, allowed: Allowed, uniforms: Tensor) -> Tensor:
+        """Sample among what is allowed, computing the logits of no other id: [B, D] to int64 [B]."""
+        weight = self._model.head_weight(allowed.modality.label)
+        logits = [F.linear(hidden, weight[low:high]) for low, high in allowed.ranges]
+        joined = logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
+        index = sample(joined, self._request.sampling_of(allowed.modality), uniforms)
+        ids, offset = index, 0
+        for low, high in allowed.ranges:
+            ids = index + (low - offset) if offset == 0 else torch.where(index >= offset, index + (low - offset), ids)
+            offset += high - low
+        return ids
+
+    def _one_token(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The next token of every row, wherever each may be: rows that may write the same are sampled together."""
+        groups: dict[Allowed, list[int]] = {}
+        ids, kinds = torch.zeros(2, len(self._rows), dtype=torch.int64, device=self._device)
+        for b in self._going:
+            row = self._rows[b]
+            assert row.allowed is not None
+            groups.setdefault(row.allowed, []).append(b)
+        for allowed, members in groups.items():
+            kinds[members] = int(allowed.modality)
+            if (forced := self._rows[members[0]].forced) is not None:
+                ids[members] = forced
+            else:
+                ids[members] = self._choose(hidden[members], allowed, self._uniforms[self._step, members])
+        self._step += 1
+        chosen = ids.tolist()
+        for b in self._going:
+            self._rows[b].take(chosen[b])
+        self._report(len(self._going))
+        return ids, kinds
+
+    def _stretch(self) -> int:
+        """For how many tokens all rows will be inside media spans, each at the same codebook; 0 if they are not."""
+        first = self._rows[self._going[0]]
+        remaining = [self._rows[b].grammar.remaining for b in self._going]
+        same = all(self._rows[b].allowed == first.allowed for b in self._going)
+        return min(remaining) if same else 0
+
+    def _media_codes(self, hidden: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """The next codes of every row; all but the last are fed already."""
+        first = self._rows[self._going[0]].allowed
+        assert first is not None
+        cycle = self._ranges_from(first)
+        kinds = torch.full((len(self._rows),), int(first.modality), device=self._device)
+        codes = torch.empty(steps, len(self._rows), dtype=torch.int64, device=self._device)
+        for step in range(steps):
+            codes[step] = self._choose(hidden, cycle[step % len(cycle)], self._uniforms[self._step])
+            self._step += 1
+            if (step + 1) % REPORT_EVERY == 0:
+                self._report(REPORT_EVERY * len(self._going))
+            if step + 1 < steps:
+                hidden = self._feed(codes[step], kinds)
+        self._report(steps % REPORT_EVERY * len(self._going))
+        chosen = codes.T.tolist()
+        for b in self._going:
+            for code in chosen[b]:
+                self._rows[b].take(code)
+        return codes[-1], kinds
+
+    def _ranges_from(self, first: Allowed) -> list[Allowed]:
+        """What is allowed at this position of a media span and at the following ones, as often as it repeats."""
+        v = self._rows[0].grammar.vocabulary
+        if first.modality is Modality.IMAGE:
+            return [first]
+        codebook = first.ranges[0][0] // v.audio_codebook_size
+        order = ((codebook + k) % v.audio_codebooks for k in range(v.audio_codebooks))
+        return [Allowed(Modality.AUDIO, ((q * v.audio_codebook_size, (q + 1) * v.audio_codebook_size),)) for q in order]
+
+    def _report(self, tokens: int) -> None:
+        self._reported += tokens
+        if self._watcher is not None and tokens:
+            self._watcher.advanced(tokens)

@@ -1,0 +1,223 @@
+"""What the loader knows of a dataset before it reads a single token.
+
+Enters: the columns `source`, `num_tokens` and, for long documents with media, `spans`. Leaves: an `Index` of pieces.
+A piece is a document, or part of one that is longer than a training sequence. Always holds: the pieces of a document
+cover it without overlap, none is longer than a sequence, and no cut lies inside a media span or its opening tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines.interleave import MEDIA_OPENING
+from pipelines.sequence import Modality, Vocabulary
+from pipelines.shards.split import is_validation
+from pipelines.shards.storage import Storage
+
+if TYPE_CHECKING:
+    from pipelines.shards.dataset import Shard
+
+Int32s = NDArray[np.int32]
+Int64s = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+_SPAN_COLUMNS = [f"spans.list.element.{name}" for name in ("modality", "start", "length")]
+
+
+class LoadingError(ValueError):
+    """A dataset cannot be trained on as asked, or a saved position does not fit it. The message says what to do."""
+
+
+class Snapshot(Protocol):
+    """What the loader asks of a dataset version; `pipelines.shards.dataset.Dataset` is one."""
+
+    storage: Storage
+    vocabulary: Vocabulary
+    validation_share: float
+
+    @property
+    def uri(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
+
+    def shards(self) -> list[Shard]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One row group of a shard: what is read at once."""
+
+    path: str
+    row_group: int
+    rows: int
+    tokens: int
+    """In all rows, whichever split they belong to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """All pieces of a dataset version, in stored order. Arrays are [pieces] unless they say otherwise."""
+
+    dataset: Snapshot
+    sequence_length: int
+    blocks: list[Block]
+    block: Int32s
+    """Index into `blocks`, ascending."""
+    row: Int32s
+    """Row in the row group."""
+    start: Int32s
+    """First token in the document."""
+    length: Int32s
+    """Tokens, 1 to `sequence_length`."""
+    ends: Bools
+    """Whether the document ends with the piece. The last token of other pieces predicts the first of the next one."""
+    validation: Bools
+    """Whether the document is held out."""
+
+    @classmethod
+    def build(cls, dataset: Snapshot, sequence_length: int) -> Index:
+        """Index all documents of the dataset's version.
+
+        Args:
+            sequence_length: the most tokens that a piece may have.
+
+        Raises:
+            LoadingError: a media span does not fit the sequence length; it names the row and the remedy.
+        """
+        blocks: list[Block] = []
+        parts: list[tuple[NDArray[np.generic], ...]] = [_empty()]
+        for shard in dataset.shards():
+            for block, part in _read_shard(dataset, shard, sequence_length):
+                parts.append((np.full(len(part[0]), len(blocks), np.int32), *part))
+                blocks.append(block)
+        block_ids, row, start, length, ends, validation = (
+            np.concatenate(column) for column in zip(*parts, strict=True)
+        )
+        return cls(
+            dataset=dataset,
+            sequence_length=sequence_length,
+            blocks=blocks,
+            block=block_ids.astype(np.int32),
+            row=row.astype(np.int32),
+            start=start.astype(np.int32),
+            length=length.astype(np.int32),
+            ends=ends.astype(np.bool_),
+            validation=validation.astype(np.bool_),
+        )
+
+    def split(self, *, validation: bool) -> Index:
+        """The index of one split alone."""
+        keep = self.validation == validation
+        names = ("block", "row", "start", "length", "ends", "validation")
+        return replace(self, **{name: getattr(self, name)[keep] for name in names})
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of all pieces."""
+        return int(self.length.sum(dtype=np.int64))
+
+    @cached_property
+    def documents(self) -> int:
+        """Documents, whole or in pieces."""
+        return int(np.count_nonzero(self.ends))
+
+    @cached_property
+    def block_bounds(self) -> Int64s:
+        """int64 [blocks + 1]: pieces `block_bounds[b]` to `block_bounds[b + 1]` lie in block b."""
+        return np.searchsorted(self.block, np.arange(len(self.blocks) + 1)).astype(np.int64)
+
+    @cached_property
+    def pieces_per_sequence(self) -> int:
+        """How many pieces a packed sequence may hold, so that document boundaries have a fixed shape.
+
+        As many as fit if each is as short as the shortest twentieth: only sequences of shorter ones stay unfilled.
+        """
+        if not len(self.length):
+            return 1
+        short = int(np.quantile(self.length, 0.05, method="lower"))
+        return -(-self.sequence_length // short)
+
+
+def _empty() -> tuple[NDArray[np.generic], ...]:
+    return (*(np.empty(0, np.int32) for _ in range(4)), *(np.empty(0, np.bool_) for _ in range(2)))
+
+
+def _read_shard(
+    dataset: Snapshot, shard: Shard, sequence_length: int
+) -> Iterator[tuple[Block, tuple[NDArray[np.generic], ...]]]:
+    """For each row group: (row, start, length, ends, validation) of its pieces."""
+    with dataset.storage.filesystem.open_input_file(shard.path) as source:
+        file = pq.ParquetFile(source, page_checksum_verification=True)
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=["source", "num_tokens", "num_text"], use_threads=False)
+            lengths = table["num_tokens"].to_numpy()
+            held_out = _held_out(table["source"], dataset.validation_share)
+            with_media = np.flatnonzero((lengths > sequence_length) & (table["num_text"].to_numpy() < lengths))
+            cuts: dict[int, list[int]] = {}
+            if len(with_media):
+                media = file.read_row_group(group, columns=["row_id", *_SPAN_COLUMNS], use_threads=False)
+                for row in with_media.tolist():
+                    where = f"{dataset.uri} version {dataset.version}, row {media['row_id'][row].as_py()}"
+                    spans = media["spans"][row].as_py()
+                    cuts[row] = _cuts(_indivisible(spans), int(lengths[row]), sequence_length, where)
+            rows, starts, sizes = _pieces(lengths, sequence_length, cuts)
+            block = Block(shard.path, group, len(lengths), int(lengths.sum(dtype=np.int64)))
+            yield block, (rows, starts, sizes, starts + sizes == lengths[rows], held_out[rows])
+
+
+def _held_out(sources: pa.ChunkedArray, share: float) -> Bools:
+    encoded = pc.dictionary_encode(sources.combine_chunks())
+    held_out = np.array([is_validation(source, share) for source in encoded.dictionary.to_pylist()], np.bool_)
+    return held_out[encoded.indices.to_numpy()]
+
+
+def _pieces(lengths: Int32s, sequence_length: int, cuts: dict[int, list[int]]) -> tuple[Int64s, Int64s, Int64s]:
+    """(row, start, length) of all pieces: text is cut at multiples of the sequence length, `cuts` gives the others."""
+    counts = -(-lengths.astype(np.int64) // sequence_length)
+    counts[list(cuts)] = [len(c) - 1 for c in cuts.values()]
+    row = np.repeat(np.arange(len(lengths)), counts)
+    first = np.cumsum(counts) - counts
+    start = (np.arange(len(row)) - first[row]) * sequence_length
+    length = np.minimum(sequence_length, lengths[row] - start)
+    for index, bounds in cuts.items():
+        pieces = slice(first[index], first[index] + counts[index])
+        start[pieces], length[pieces] = bounds[:-1], np.diff(bounds)
+    return row, start, length
+
+
+def _indivisible(spans: Sequence[dict[str, int]]) -> list[tuple[int, int]]:
+    """The ranges [start, stop) of a document that no cut may enter: its media spans with their opening tokens."""
+    return [
+        (span["start"] - MEDIA_OPENING, span["start"] + span["length"])
+        for span in spans
+        if span["modality"] != Modality.TEXT
+    ]
+
+
+def _cuts(indivisible: list[tuple[int, int]], length: int, sequence_length: int, where: str) -> list[int]:
+    """Bounds of a document's pieces, 0 and `length` included: each piece as long as it may be."""
+    bounds = [0]
+    while (at := bounds[-1]) < length:
+        cut = min(at + sequence_length, length)
+        for start, stop in indivisible:
+            if start < cut < stop:
+                cut = start
+        if cut <= at:
+            needed = next(stop - start for start, stop in indivisible if start == at)
+            raise LoadingError(
+                f"{where}: a media span at token {at} needs {needed} tokens with its opening, but "
+                f"data.sequence_length is {sequence_length}. Raise it to {needed} or more, or tokenize with a smaller "
+                "cap on pictures or sounds."
+            )
+        bounds.append(cut)
+    return bounds

@@ -1,0 +1,35 @@
+"""What a model must beat: the cross-entropy of token frequencies alone.
+
+Enters: how often each token occurs in the training split and among the validation targets. Leaves: a `CrossEntropy`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipelines.pretrain.validate import CrossEntropy, TokenCounts
+from pipelines.sequence import Vocabulary
+from pipelines.shards.statistics import Statistics
+
+
+def unigram_cross_entropy(whole: Statistics, held_out: TokenCounts, vocabulary: Vocabulary) -> CrossEntropy:
+    """Cross-entropy of add-one smoothed unigrams, one for each modality and audio codebook, on held-out targets.
+
+    They are fitted on all of a dataset version but the held-out targets. That is the training split; where only part of
+    the validation split is evaluated, also the rest of it, which makes the baseline a little harder to beat.
+
+    Args:
+        whole: the statistics of the version.
+        held_out: what is evaluated.
+    """
+    text = whole.text_counts.copy()
+    # A document's opening token is predicted by nobody.
+    text[vocabulary.document] = 0
+    fitted = TokenCounts(text - held_out.text, whole.image_counts - held_out.image, whole.audio_counts - held_out.audio)
+    sums, counts = [], []
+    for train, evaluated in zip(fitted.groups(), held_out.groups(), strict=True):
+        smoothed = train + 1.0
+        log_p = np.log(smoothed) - np.log(smoothed.sum()) if len(smoothed) else smoothed
+        sums.append(float(-(evaluated * log_p).sum()))
+        counts.append(int(evaluated.sum()))
+    return CrossEntropy.of(np.array(sums), np.array(counts))

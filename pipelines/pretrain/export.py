@@ -1,0 +1,101 @@
+"""The trained model as plain files, for generation and for others: nothing in them is ever unpickled.
+
+model.safetensors   all weights, tied ones once
+config.json         `UnifiedTransformerConfig`
+vocabulary.json     `Vocabulary`
+braid.json          format, step, fingerprint, the dataset, its tokenizers, sha256 of the files above
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from model import UnifiedTransformer, UnifiedTransformerConfig
+from pipelines.pretrain.checkpoint import CheckpointError, code_version, sha256_of
+from pipelines.pretrain.parallelize import Ranks, ShardedTransformer
+from pipelines.sequence import Vocabulary
+
+FORMAT_VERSION = 1
+"""Raised when the layout of an exported model changes."""
+
+_FILES = ("model.safetensors", "config.json", "vocabulary.json")
+
+
+def export_model(
+    folder: Path, model: ShardedTransformer, vocabulary: Vocabulary, about: Mapping[str, Any], ranks: Ranks
+) -> None:
+    """Write a model to a folder; every rank must call it. `braid.json` comes last and makes the folder valid.
+
+    Args:
+        about: what else `load_model` shall give back, as JSON values.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = cast(dict[str, torch.Tensor], get_model_state_dict(model, options=options))
+    if not ranks.first:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "braid.json").unlink(missing_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1))
+    (folder / "vocabulary.json").write_text(json.dumps(vocabulary.to_dict(), indent=1))
+    record = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": vocabulary.fingerprint,
+        "braid": code_version(),
+        "files": {name: sha256_of(folder / name) for name in _FILES},
+        **about,
+    }
+    (folder / "braid.json").write_text(json.dumps(record, indent=1))
+
+
+def load_model(
+    folder: str | Path, device: str | torch.device = "cpu"
+) -> tuple[UnifiedTransformer, Vocabulary, dict[str, Any]]:
+    """Read a model that `export_model` wrote, ready for evaluation.
+
+    Args:
+        folder: the model's folder, or the run folder that holds it as `model/`.
+
+    Returns:
+        The model on the device, its vocabulary, and `braid.json`.
+
+    Raises:
+        CheckpointError: no model there, or a file is missing, truncated, changed, or of another format.
+    """
+    path = Path(folder)
+    if not (path / "braid.json").is_file() and (path / "model").is_dir():
+        path = path / "model"
+    if not (path / "braid.json").is_file():
+        raise CheckpointError(
+            f"{path / 'braid.json'} is missing: no exported model here; name a finished run's folder, or its model/"
+        )
+    try:
+        about: dict[str, Any] = json.loads((path / "braid.json").read_bytes())
+        written, files = about["format_version"], about["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / 'braid.json'} is damaged; copy the model again or export it again") from error
+    if written != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path / 'braid.json'}: written in format {written}, this Braid reads {FORMAT_VERSION}; update Braid"
+        )
+    for name in _FILES:
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path / name} is missing; copy the model again or export it again")
+        if sha256_of(path / name) != files.get(name):
+            raise CheckpointError(
+                f"{path / name} is truncated or changed: its sha256 is not the one in braid.json; copy the model again "
+                "or export it again"
+            )
+    vocabulary = Vocabulary.from_dict(json.loads((path / "vocabulary.json").read_bytes()))
+    config = UnifiedTransformerConfig.from_dict(json.loads((path / "config.json").read_bytes()))
+    with torch.device("meta"):
+        model = UnifiedTransformer(config)
+    model.load_state_dict(load_file(path / "model.safetensors", device=str(device)), assign=True)
+    return model.eval(), vocabulary, about

@@ -1,0 +1,215 @@
+"""What a run tells: JSON lines, which are the truth, a line on the screen, and TensorBoard.
+
+Enters: one record for each step and validation. Leaves: `RUN/metrics.jsonl`, a progress line, `RUN/tensorboard/`. Always
+holds: the JSON lines of a run that was killed and went on are those of an undisturbed run, but for times and speeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from model import MODALITIES
+from pipelines.pretrain.recipe import LoggingSettings
+from pipelines.pretrain.run import RunError
+from pipelines.pretrain.step import Losses
+from pipelines.pretrain.validate import CrossEntropy
+
+Record = Mapping[str, Any]
+
+
+class Metrics:
+    """Writes records; on other ranks than the first it does nothing."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start: int,
+        total_steps: int,
+        tokens_per_step: int,
+        settings: LoggingSettings,
+        console: Console,
+        enabled: bool,
+    ) -> None:
+        """
+        Args:
+            start: steps taken before; records of later ones are dropped, for those steps are taken again.
+            tokens_per_step: padding included.
+        """
+        self._enabled = enabled
+        self._every = settings.every
+        self._total, self._slots = total_steps, tokens_per_step
+        self._console = console
+        self._pending: list[tuple[int, float, Tensor]] = []
+        self._last: Record = {}
+        self._waited = self._paused = 0.0
+        self._since = time.perf_counter()
+        self._board: Any = None
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[said]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (enabled and console.is_terminal),
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=start, said="")
+        if not enabled:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        drop_after(folder / "metrics.jsonl", start)
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        if settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        self._since = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._progress.stop()
+        if self._enabled:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        asked = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - asked
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Do not count the time inside as training."""
+        self._flush()
+        asked = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - asked
+
+    def step(self, step: int, losses: Losses, gradient_norm: Tensor, learning_rate: float) -> None:
+        """Record a training step. Its values stay on the device until lines are written, all in one transfer.
+
+        Raises:
+            RunError: a loss or gradient is not finite.
+        """
+        values = torch.cat(
+            [losses.sums, losses.counts.double(), losses.tokens.double()[None], gradient_norm.double()[None]]
+        )
+        self._pending.append((step, learning_rate, values))
+        if step % self._every == 0 or step == self._total:
+            self._flush()
+            said = describe(self._last)
+            self._progress.update(self._task, completed=step, said=said)
+            if not self._console.is_terminal:
+                self.say(f"step {step}/{self._total}  {said}")
+
+    def validation(self, step: int, loss: CrossEntropy, baseline: CrossEntropy | None) -> None:
+        """Record a validation, and say it beside the baseline."""
+        self.write("validation", step, {"loss": loss.to_json()})
+        reference = dict(baseline.items()) if baseline else {}
+        said = "  ".join(
+            f"{name} {value:.3f}" + (f" (unigram {reference[name]:.3f})" if name in reference else "")
+            for name, value in loss.items()
+        )
+        self.say(f"validation at step {step}: {said}")
+
+    def write(self, kind: str, step: int, record: Record) -> None:
+        """Write any record."""
+        if not self._enabled:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step} | dict(record)) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in _scalars(record):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress line."""
+        if self._enabled:
+            self._progress.console.print(text, highlight=False, soft_wrap=True)
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        rows = torch.stack([values for _, _, values in self._pending]).cpu().tolist()
+        now = time.perf_counter()
+        seconds = (now - self._since - self._paused) / len(rows)
+        waited = self._waited / len(rows)
+        record: dict[str, Any] = {}
+        for (step, learning_rate, _), row in zip(self._pending, rows, strict=True):
+            sums, counts, tokens, norm = row[:3], row[3:6], row[6], row[7]
+            if not (math.isfinite(sum(sums)) and math.isfinite(norm)):
+                raise RunError(
+                    f"step {step}: the loss or its gradient is not a number ({sum(sums)}, {norm}); the last checkpoint "
+                    "is whole. Lower optimizer.learning_rate, or raise schedule.warmup_steps, in a new run."
+                )
+            record = {
+                "loss": {name: s / n if n else None for name, s, n in zip(MODALITIES, sums, counts, strict=True)},
+                "targets": {name: int(n) for name, n in zip(MODALITIES, counts, strict=True)},
+                "learning_rate": learning_rate,
+                "gradient_norm": norm,
+                "tokens_per_s": tokens / seconds,
+                "padding_share": 1 - tokens / self._slots,
+                "data_wait_share": waited / seconds,
+            }
+            self.write("train", step, record)
+        self._last = record
+        self._pending, self._waited, self._paused, self._since = [], 0.0, 0.0, now
+
+
+def describe(record: Record) -> str:
+    """A training record in one line."""
+    losses = "  ".join(f"{name} {value:.3f}" for name, value in record["loss"].items() if value is not None)
+    return f"{losses}  {record['tokens_per_s']:,.0f} tokens/s  lr {record['learning_rate']:.2e}"
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Drop the records after a step, all of them for step 0, and a last line that was cut off."""
+    if not path.exists():
+        return
+    if step == 0:
+        path.unlink()
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
+    """All records of a kind: `train`, `validation`, `baseline`."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [record for record in records if record["kind"] == kind]
+
+
+def _scalars(record: Record, prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            found += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            found += _scalars({str(i): v for i, v in enumerate(value)}, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name not in ("step", "kind"):
+            found.append((f"{prefix}{name}", float(value)))
+    return found

@@ -1,0 +1,139 @@
+"""Ranks, and the model wrapped for them. One process takes the very same way, as a group of one rank.
+
+Enters: the environment of `torchrun` or `srun` if there is one, and a model's configuration. Leaves: `Ranks`, and a model
+that is sharded by FSDP2. Always holds: the wrapping order is activation checkpointing, compilation, sharding; parameter
+names stay those of the bare model; the initial weights are the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+
+from model import UnifiedTransformer, UnifiedTransformerConfig
+
+
+class DeviceError(RuntimeError):
+    """The device that the recipe asks for is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those of the run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def agree(self, number: int) -> int:
+        """The first rank's number, on all ranks."""
+        shared = torch.tensor(number, device=self.device)
+        dist.broadcast(shared, src=0)
+        return int(shared)
+
+
+@contextmanager
+def join_ranks(device: str = "auto", threads: int | None = None) -> Iterator[Ranks]:
+    """Become one of the ranks that the environment names (`RANK`, `WORLD_SIZE`, ...), or the only one.
+
+    Args:
+        device: "cpu", "cuda", or "auto", which prefers CUDA.
+        threads: CPU threads of this process; None leaves torch's choice.
+
+    Raises:
+        DeviceError: "cuda" is asked for and there is none.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device is cuda, but torch sees no CUDA device; set device=cpu, or check the driver")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        # Else an embedding's gradient may add up in another order, and a resumed run would differ in the last bit.
+        torch.use_deterministic_algorithms(True)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        world_size = dist.get_world_size()
+        mesh = init_device_mesh(kind, (world_size,), mesh_dim_names=("dp_shard",))
+        here = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+        yield Ranks(dist.get_rank(), world_size, here, mesh)
+    finally:
+        dist.destroy_process_group()
+        torch.use_deterministic_algorithms(deterministic)
+
+
+class ShardedTransformer(UnifiedTransformer, FSDPModule):
+    """What `fully_shard` makes of a `UnifiedTransformer`, for annotations only."""
+
+
+def build_model(
+    config: UnifiedTransformerConfig,
+    ranks: Ranks,
+    *,
+    seed: int,
+    precision: str = "bf16",
+    recompute_every: int = 0,
+    compile_blocks: bool = False,
+) -> ShardedTransformer:
+    """A sharded, initialized model whose `loss` and `token_losses` may be called like `forward`.
+
+    Args:
+        precision: "bf16" multiplies in bfloat16, keeps fp32 weights and reduces gradients in fp32; "fp32".
+        recompute_every: every n-th block keeps no activations; 0 is none, 1 is all.
+        compile_blocks: compile each block.
+    """
+    with torch.device("meta"):
+        model = UnifiedTransformer(config)
+    for number, block in enumerate(model.blocks):
+        # Replacing `forward` of the instance, rather than wrapping the module, leaves parameter names alone and the
+        # hooks of FSDP2 outside of what is compiled.
+        if recompute_every and number % recompute_every == 0:
+            block.forward = functools.partial(  # type: ignore[method-assign]
+                checkpoint, block.forward, use_reentrant=False
+            )
+        if compile_blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # Alone there is nothing to gain from giving up gathered weights before the backward pass.
+    shard = functools.partial(
+        fully_shard, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=ranks.world_size > 1
+    )
+    for block in model.blocks:
+        shard(block)
+    shard(model)
+    for method in ("loss", "token_losses"):
+        register_fsdp_forward_method(model, method)
+    model.to_empty(device=ranks.device)
+    model.reset_parameters(seed)
+    return cast(ShardedTransformer, model)

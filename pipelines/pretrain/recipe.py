@@ -1,0 +1,186 @@
+"""The recipe of a pretraining run.
+
+Enters: YAML. Leaves: frozen, validated settings. Always holds: what a run needs to be repeated stands here, and the
+vocabulary sizes of the model come from the dataset alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any, Literal, Self, get_type_hints
+
+from pydantic import Field, create_model, model_validator
+
+from model import MODALITIES, UnifiedTransformerConfig
+from pipelines.recipe import Settings
+from pipelines.sequence import Modality, Vocabulary
+
+_NOT_IN_RECIPES = {f"{name}_vocab_size" for name in MODALITIES} | {"max_sequence_length", "device"}
+"""They follow from the dataset, from `data.sequence_length`, and from `device`."""
+
+
+class DataSettings(Settings):
+    dataset: str
+    """Folder or URI of the token dataset."""
+    version: int | None = Field(default=None, ge=0)
+    """Pinned version; null takes the newest when the run starts, and keeps to it when the run goes on."""
+    sequence_length: int = Field(default=4096, ge=8)
+    """Tokens of a training sequence: documents are packed into it, and it is the context of the model."""
+    window_tokens: int = Field(default=16_000_000, ge=1)
+    """Tokens that are shuffled and packed together, at 5 bytes each in memory; more shuffle better."""
+    target_sizes: int = Field(default=8, ge=1)
+    """How many sizes the targets of one head may have; 1 gives one shape, at the price of the largest size always."""
+    prefetch: int = Field(default=2, ge=0)
+    """Steps made ahead by a thread; 0 makes them when they are needed."""
+
+
+class _ModelSettings(Settings):
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        UnifiedTransformerConfig(**self.model_dump())
+        return self
+
+
+if TYPE_CHECKING:
+    ModelSettings = _ModelSettings
+else:
+    _types = get_type_hints(UnifiedTransformerConfig)
+    # One truth: a hyperparameter of the model is a key of the recipe, with the same name, type and default.
+    ModelSettings = create_model(
+        "ModelSettings",
+        __base__=_ModelSettings,
+        **{
+            field.name: (_types[field.name], field.default)
+            for field in fields(UnifiedTransformerConfig)
+            if field.name not in _NOT_IN_RECIPES and field.default is not MISSING
+        },
+    )
+
+
+class OptimizerSettings(Settings):
+    """AdamW (Loshchilov and Hutter, 2019)."""
+
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Its peak; `schedule` shapes it."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Of matrices only: not of norms, biases and embeddings."""
+    fused: bool = True
+
+
+class ScheduleSettings(Settings):
+    kind: Literal["cosine", "wsd"] = "cosine"
+    """Warmup and cosine for a fixed budget; warmup, stable, decay for one that may grow."""
+    warmup_steps: int = Field(default=100, ge=0)
+    decay_steps: int | None = Field(default=None, ge=1)
+    """wsd: length of the linear decay at the end; null is a tenth of all steps."""
+    minimum: float = Field(default=0.1, ge=0, le=1)
+    """Share of the peak at the last step."""
+
+
+class BatchSettings(Settings):
+    sequences: int = Field(default=64, ge=1)
+    """Sequences of an optimizer step, over all ranks."""
+    micro_batch: int = Field(default=8, ge=1)
+    """Sequences that a rank computes at once; the rest of its share is accumulated."""
+
+
+class LossWeights(Settings):
+    """What a target of each modality counts in the loss."""
+
+    text: float = Field(default=1.0, ge=0)
+    image: float = Field(default=1.0, ge=0)
+    audio: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.text + self.image + self.audio:
+            raise ValueError("all weights are 0, so there would be nothing to learn; raise one")
+        return self
+
+
+class ValidationSettings(Settings):
+    every: int = Field(default=0, ge=0)
+    """Steps between validations; 0 validates at the end only."""
+    sequences: int | None = Field(default=None, ge=1)
+    """At most so many sequences of the validation split, always the same ones; null takes all. They stay in memory."""
+
+
+class CheckpointSettings(Settings):
+    every: int = Field(default=1000, ge=1)
+    """Steps between checkpoints; the last step always has one."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest to keep."""
+
+
+class LoggingSettings(Settings):
+    every: int = Field(default=10, ge=1)
+    """Steps between lines on the screen. The JSON lines hold every step."""
+    tensorboard: bool = True
+
+
+class PretrainRecipe(Settings):
+    """Everything that decides what a pretraining run does."""
+
+    output: str
+    """Run folder: made if it is not there; the same recipe goes on from its last checkpoint."""
+    data: DataSettings
+    model: ModelSettings = Field(default_factory=lambda: ModelSettings())
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    batch: BatchSettings = BatchSettings()
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps of the run. Give either this or `tokens`."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Token budget, padding included, rounded up to whole steps."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """What matrices are multiplied in. Weights, gradients and moments are fp32 either way."""
+    recompute_every: int = Field(default=0, ge=0)
+    """Activation checkpointing: every n-th block is computed again in the backward pass. 0 is none, 1 all."""
+    compile: bool = False
+    """Compile each block with `torch.compile`."""
+    gradient_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    loss_weights: LossWeights = LossWeights()
+    seed: int = Field(default=0, ge=0)
+    """Of the initial weights, the order of the data and dropout."""
+    validation: ValidationSettings = ValidationSettings()
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    logging: LoggingSettings = LoggingSettings()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of each rank; null leaves it to torch."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("the length of the run is given by `steps` or by `tokens`: give one of them")
+        if self.batch.sequences % self.batch.micro_batch:
+            raise ValueError(
+                f"batch.sequences is {self.batch.sequences}: it must be a multiple of batch.micro_batch = "
+                f"{self.batch.micro_batch}"
+            )
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step, padding included."""
+        return self.batch.sequences * self.data.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None
+        return math.ceil(self.tokens / self.tokens_per_step)
+
+
+def model_config(recipe: PretrainRecipe, vocabulary: Vocabulary) -> UnifiedTransformerConfig:
+    """The model that a recipe describes for a dataset; a modality that does not occur gets a vocabulary of one id."""
+    values: dict[str, Any] = recipe.model.model_dump()
+    values |= {f"{m.label}_vocab_size": max(1, vocabulary.size(m)) for m in Modality}
+    return UnifiedTransformerConfig(**values, max_sequence_length=recipe.data.sequence_length)

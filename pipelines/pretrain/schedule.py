@@ -1,0 +1,28 @@
+"""The learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipelines.pretrain.recipe import ScheduleSettings
+
+
+def learning_rate_factor(settings: ScheduleSettings, step: int, total_steps: int) -> float:
+    """Share of the peak learning rate at a step, counted from 0.
+
+    Warmup is linear and reaches the peak with its last step. Then a cosine to the minimum (Loshchilov and Hutter, SGDR,
+    2017), or a plateau and a linear decay to it (warmup-stable-decay; Hu et al., MiniCPM, 2024). The minimum is reached
+    with the last step.
+    """
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    if settings.kind == "cosine":
+        length = total_steps - settings.warmup_steps
+        done = (step + 1 - settings.warmup_steps) / length
+        shape = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    else:
+        decay = settings.decay_steps or max(1, total_steps // 10)
+        shape = min(1.0, max(0.0, (total_steps - step - 1) / decay))
+    return settings.minimum + (1 - settings.minimum) * shape

@@ -1,0 +1,67 @@
+"""One optimizer step, from a rank's batch to its gradients.
+
+Enters: a `StepBatch`. Leaves: gradients on the parameters, and `Losses` over all ranks. Always holds: every target of the
+global batch weighs the same within its modality, however the batch is divided among ranks and micro batches; the host
+never waits for the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model import MODALITIES
+from pipelines.loading import StepBatch
+from pipelines.pretrain.parallelize import Ranks, ShardedTransformer
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Next-token losses of a step over all ranks, on the device."""
+
+    sums: Tensor
+    """float64 [3]: negative log likelihood in nats, by modality."""
+    counts: Tensor
+    """int64 [3]: targets, by modality."""
+    tokens: Tensor
+    """int64 scalar: tokens that are not padding."""
+
+
+def forward_backward(model: ShardedTransformer, batch: StepBatch, weights: Mapping[str, float], ranks: Ranks) -> Losses:
+    """Add the gradients of a rank's share of the step, averaged over ranks by FSDP2.
+
+    Args:
+        weights: of each modality's targets.
+    """
+    micro_batches = batch.micro_batches
+    mine = [sum(b.targets[name].count for b in micro_batches) for name in MODALITIES]
+    *counts, tokens = ranks.sum(torch.tensor([*mine, batch.tokens]).to(ranks.device, non_blocking=True))
+    # FSDP2 averages over ranks where the loss wants a sum.
+    denominators = {name: count / ranks.world_size for name, count in zip(MODALITIES, counts, strict=True)}
+    sums = torch.zeros(len(MODALITIES), dtype=torch.float64, device=ranks.device)
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        # Gradients travel between ranks once a step.
+        model.set_requires_gradient_sync(number == len(micro_batches))
+        loss = model.loss(micro_batch.to(ranks.device, non_blocking=True), weights=weights, denominators=denominators)
+        loss.total.backward()
+        sums += torch.stack([loss.sums[name] for name in MODALITIES])
+    return Losses(ranks.sum(sums), torch.stack(counts), tokens)
+
+
+def clip_gradients(model: ShardedTransformer, largest: float) -> Tensor:
+    """Scale all gradients so that their norm is at most `largest`; returns the norm before, a scalar on the device."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout for one step of one rank.
+
+    So no random state needs saving: a resumed step draws what it would have drawn, whatever ran before it.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
