@@ -44,6 +44,8 @@ def export_model(
     (folder / "braid.json").unlink(missing_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1))
+    # safetensors makes files that nobody else may read; a model is as readable as what stands beside it.
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     (folder / "vocabulary.json").write_text(json.dumps(vocabulary.to_dict(), indent=1))
     record = {
         "format_version": FORMAT_VERSION,

@@ -26,6 +26,7 @@ from pipelines.pretrain.checkpoint import (
     save_checkpoint,
 )
 from pipelines.pretrain.export import export_model
+from pipelines.pretrain.initialization import share_codebook_directions
 from pipelines.pretrain.metrics import Metrics
 from pipelines.pretrain.optimizer import make_optimizer, set_learning_rate
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer, build_model, join_ranks
@@ -70,6 +71,7 @@ def _train(
         recompute_every=recipe.recompute_every,
         compile_blocks=recipe.compile,
     )
+    share_codebook_directions(model, vocabulary, recipe.seed)
     optimizer = make_optimizer(model, recipe.optimizer)
     start = _resume(folder, dataset, loader, model, optimizer, ranks)
     if ranks.first:

@@ -186,8 +186,15 @@ def _assert_close(ours: list[Any], theirs: list[Any]) -> None:
         assert norm == pytest.approx(other_norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("change", [{"batch": {"sequences": 4, "micro_batch": 4}}, {"recompute_every": 1}])
-def test_division_into_micro_batches_and_recomputation_change_nothing(
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch": {"sequences": 4, "micro_batch": 4}},
+        {"recompute_every": 1},
+        pytest.param({"compile": True, "recompute_every": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_micro_batches_recomputation_and_compilation_change_no_loss(
     dataset: Dataset, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     model = _recipe(dataset, tmp_path).model.model_dump() | {"dropout": 0.0}

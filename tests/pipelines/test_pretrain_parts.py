@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model import UnifiedTransformer, UnifiedTransformerConfig
+from pipelines.pretrain.initialization import share_codebook_directions
 from pipelines.pretrain.optimizer import make_optimizer
 from pipelines.pretrain.recipe import ModelSettings, OptimizerSettings, PretrainRecipe, ScheduleSettings, model_config
 from pipelines.pretrain.schedule import learning_rate_factor
@@ -111,3 +112,17 @@ def test_random_draws_of_a_step_depend_on_seed_step_and_rank_alone() -> None:
         assert torch.equal(torch.rand(4), first)
         drawn.add(tuple(first.tolist()))
     assert len(drawn) == 4
+
+
+def test_audio_ids_of_one_codebook_start_alike_and_others_do_not() -> None:
+    config = UnifiedTransformerConfig(
+        text_vocab_size=118, image_vocab_size=32, audio_vocab_size=32, hidden_size=64, num_layers=1,
+        num_attention_heads=2, ffn_hidden_size=32,
+    )  # fmt: skip
+    model = UnifiedTransformer(config, seed=0)
+    share_codebook_directions(model, VOCABULARY, seed=0)
+    for weight in (model.embeddings["audio"].get_parameter("weight"), model.heads["audio"].get_parameter("weight")):
+        likeness = torch.corrcoef(weight.detach())
+        assert likeness[:16, :16].mean() > 0.4
+        assert likeness[16:, 16:].mean() > 0.4
+        assert likeness[:16, 16:].mean().abs() < 0.2
