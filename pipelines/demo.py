@@ -69,7 +69,7 @@ def main() -> None:
         _generate(console, run, prompt, generated, "--want", "text", "--max-tokens", "40")
     _title(console, "7  One page of it all")
     _braid(
-        console, "report", str(run), "--dataset", str(tokens), "--generated", str(generated), "--out", str(page),
+        console, "report", str(run), "--dataset", str(tokens), "--generated", str(generated), "--out", str(page), "--title", "The demo",
         *(f"--row={row}" for row in shown),
     )  # fmt: skip
 

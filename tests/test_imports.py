@@ -56,6 +56,8 @@ def test_light_modules_load_without_ray_submitit_and_deltalake(module: str) -> N
 
 
 def test_help_loads_nothing_heavy() -> None:
-    code = "import sys, pipelines.cli; print([m for m in ('torch', 'numpy', 'pyarrow', 'pydantic') if m in sys.modules])"
+    code = (
+        "import sys, pipelines.cli; print([m for m in ('torch', 'numpy', 'pyarrow', 'pydantic') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

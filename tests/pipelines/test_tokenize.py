@@ -75,7 +75,7 @@ def test_a_row_is_shown_as_text_picture_and_sound(done: tuple[TokenizeRecipe, Da
     ids = [row for batch in dataset.read(["row_id", "num_audio"]) for row in batch.to_pylist()]
     row = next(r["row_id"] for r in ids if r["num_audio"])
     (shown,) = show(dataset, [row[:16]], tmp_path / "out")
-    assert sorted(path.suffix for path in shown.files if path) == [".png", ".txt", ".wav"]
+    assert {path.suffix for path in shown.files if path} == {".png", ".txt", ".wav"}
     assert any(span.text and span.text.startswith("the fox s") for span in shown.spans)
 
 

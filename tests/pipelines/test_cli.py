@@ -1,0 +1,61 @@
+"""The command: exit codes and messages that a person can act on, never a traceback for a user's mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines.corpora import make_dataset
+from tests.pipelines.tiny import write_corpus, write_recipe
+
+
+def braid(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "pipelines.cli", *arguments], capture_output=True, text=True)
+
+
+def test_a_faulty_recipe_exits_with_2_and_lists_every_fault(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    file = write_recipe(tmp_path)
+    file.write_text(file.read_text().replace("validation_share: 0.2", "validation_shore: 2"))
+    done = braid("tokenize", str(file), "units.inputs=0")
+    assert done.returncode == 2
+    assert "2 faults in the recipe" in done.stderr
+    assert "validation_shore: unknown key; did you mean validation_share?" in done.stderr
+    assert "command line: units.inputs = 0: Input should be greater than or equal to 1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("stats", "nowhere"), 1, "nowhere: no token dataset here; make one with `braid tokenize"),
+        (("tokenize", "nowhere"), 2, "nor a shipped recipe; shipped are"),
+        (("pretrain", "pretrain/demo", "modle.hidden_size=3"), 2, "modle: unknown key; did you mean model?"),
+        (("tokenizer", "train", "smell"), 2, "what to train is image or audio"),
+        (("generate", "nowhere", "--want", "image"), 1, "nowhere"),
+        (("report", "nowhere"), 1, "nowhere"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_message(
+    arguments: tuple[str, ...], code: int, message: str, tmp_path: Path
+) -> None:
+    done = braid(*arguments)
+    assert (done.returncode, message in " ".join(done.stderr.split())) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_stats_as_json_is_json_alone(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "d")
+    done = braid("stats", str(tmp_path / "d"), "--json")
+    figures = json.loads(done.stdout)
+    assert figures["documents"] == 21
+    assert figures["tokens"]["total"] == sum(figures["tokens"][m] for m in ("text", "image", "audio"))
+
+
+def test_a_row_that_is_not_there_says_which_are(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "d")
+    done = braid("show", str(tmp_path / "d"), "99")
+    assert done.returncode == 1
+    assert "no row 99; version 3 has rows 0 to 20" in done.stderr
