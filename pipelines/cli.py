@@ -204,6 +204,26 @@ def report(
     out.print(f"Open {written}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def verify(dataset: DatasetArgument, version: Version = None) -> None:
+    """Read a whole dataset and check it: checksums, schema, ids, grammar, counts, row ids. Exit code 1 on any fault."""
+    from pipelines.shards.dataset import Dataset
+    from pipelines.shards.verify import verify as run
+
+    opened = Dataset.open(dataset, version)
+    faults = 0
+    for fault in run(opened):
+        faults += 1
+        row = f" row {fault.row}" if fault.row else ""
+        out.print(f"{fault.shard}{row}: {fault.what}", markup=False, highlight=False, soft_wrap=True)
+    shards = opened.shards()
+    out.print(
+        f"{faults:,} faults in {sum(s.rows for s in shards):,} rows of {len(shards):,} shards, version {opened.version}."
+    )
+    if faults:
+        raise typer.Exit(1)
+
+
 @quarantine_app.command("list")
 def quarantine_list(dataset: DatasetArgument, version: Version = None, as_json: AsJson = False) -> None:
     """List what could not be tokenized, with the reason."""

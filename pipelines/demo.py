@@ -68,10 +68,8 @@ def main() -> None:
     for prompt in TEXT_PROMPTS:
         _generate(console, run, prompt, generated, "--want", "text", "--max-tokens", "40")
     _title(console, "7  One page of it all")
-    _braid(
-        console, "report", str(run), "--dataset", str(tokens), "--generated", str(generated), "--out", str(page), "--title", "The demo",
-        *(f"--row={row}" for row in shown),
-    )  # fmt: skip
+    inputs = ["--dataset", str(tokens), "--generated", str(generated), *(f"--row={row}" for row in shown)]
+    _braid(console, "report", str(run), *inputs, "--title", "The demo", "--out", str(page))
 
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     _title(console, f"Done in {minutes} min {seconds} s")

@@ -1,0 +1,1 @@
+"""How to run any importable callable on the nodes of a cluster. Nothing is here yet; `docs/log.md` says what comes."""
