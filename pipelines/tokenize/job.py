@@ -7,6 +7,7 @@ dataset once, wherever the job was killed, because a unit exists for readers onl
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 import uuid
@@ -150,6 +151,8 @@ def _record_recipe(dataset: Dataset, recipe: TokenizeRecipe) -> None:
 def _cluster(recipe: TokenizeRecipe) -> Iterator[list[Any]]:
     """A Ray of our own on this machine with one actor for each worker."""
     workers = recipe.workers or os.cpu_count() or 1
+    # Ray tells on every start that its token authentication is on, as it should be.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     # "local", because a Ray that crashed leaves an address behind which the default would try to join.
     ray.init(
         address="local",

@@ -117,9 +117,12 @@ class UnitWorker:
                 max_seconds=audio.max_seconds,
                 loudness_db=audio.loudness_db,
             )
-            most = audio.max_frames * codec.hop
-            for start in range(0, len(waveform), most):
-                yield span.modality, waveform[start : start + most], span.uri
+            # Parts of equal length: a tail of some frames would be a span that says nothing.
+            frames = codec.frames(len(waveform))
+            parts = -(-frames // audio.max_frames)
+            size = -(-frames // parts) * codec.hop
+            for start in range(0, len(waveform), size):
+                yield span.modality, waveform[start : start + size], span.uri
 
     def _encode(self, documents: list[_Prepared]) -> Iterator[Row]:
         """Encode a window, each modality in one call, and lay each document out."""

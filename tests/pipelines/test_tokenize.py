@@ -64,6 +64,19 @@ def test_every_row_is_a_document_of_the_grammar(done: tuple[TokenizeRecipe, Data
     assert sources == {"stamps", "lines"}
 
 
+def test_a_long_sound_becomes_spans_of_about_equal_length(done: tuple[TokenizeRecipe, Dataset]) -> None:
+    """The tiny recipe allows 40 frames of 80 samples a span; the corpus has sounds of up to 60 frames."""
+    _, dataset = done
+    several = 0
+    for batch in dataset.read(["spans"]):
+        for spans in batch.column("spans").to_pylist():
+            frames = [span["rows"] for span in spans if span["modality"] == 2]
+            several += len(frames) > 1
+            assert all(count <= 40 for count in frames)
+            assert not frames or max(frames) - min(frames) <= len(frames)
+    assert several
+
+
 def test_a_second_run_has_nothing_to_do(done: tuple[TokenizeRecipe, Dataset]) -> None:
     recipe, dataset = done
     summary = tokenize(recipe)
