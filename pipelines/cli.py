@@ -68,7 +68,7 @@ def tokenize(
     if dry_run:
         from pipelines.tokenize.estimate import estimate, render
 
-        out.print(dump_recipe(settings), highlight=False, soft_wrap=True)
+        out.print(dump_recipe(settings), markup=False, highlight=False, soft_wrap=True)
         render(estimate(settings), out, settings.workers)
         return
     from pipelines.tokenize.job import tokenize as run
@@ -85,6 +85,7 @@ def tokenize(
     out.print(
         f"{summary.dataset}: version {summary.version} has {summary.documents:,} new documents ({tokens} tokens), "
         f"{summary.rejects:,} in quarantine; {summary.units:,} units in {summary.seconds:.0f} s.",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )
@@ -116,7 +117,9 @@ def show(
 
     for shown in run(Dataset.open(dataset, version), rows, folder):
         out.print(
-            f"[bold]row {shown.row_id[:12]}[/] from {shown.source}, {shown.num_tokens:,} tokens",
+            f"row {shown.row_id[:12]} from {shown.source}, {shown.num_tokens:,} tokens",
+            style="bold",
+            markup=False,
             highlight=False,
             soft_wrap=True,
         )
@@ -137,12 +140,12 @@ def pretrain(recipe: Recipe, overrides: Overrides = None) -> None:
 
     result = run(recipe, overrides or [])
     if result.already_finished:
-        out.print(f"{result.folder}: nothing to do, all {result.steps:,} steps are done.", highlight=False)
+        out.print(f"{result.folder}: nothing to do, all {result.steps:,} steps are done.", markup=False, soft_wrap=True)
     if result.validation and result.baseline:
         from pipelines.report.losses import validation_table
 
         out.print(validation_table(result.validation.items(), result.baseline.items()))
-    out.print(f"The model is in {result.model}", highlight=False, soft_wrap=True)
+    out.print(f"The model is in {result.model}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -201,7 +204,7 @@ def report(
     from pipelines.report.page import report as write
 
     written = write(page, run=run, dataset=dataset, version=version, generated=generated, rows=row or 12, title=title)
-    out.print(f"Open {written}", highlight=False, soft_wrap=True)
+    out.print(f"Open {written}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

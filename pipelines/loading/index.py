@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.interleave import MEDIA_OPENING
 from pipelines.sequence import Modality, Vocabulary
+from pipelines.shards.reader import open_shard
 from pipelines.shards.split import is_validation
 from pipelines.shards.storage import Storage
 
@@ -57,7 +57,8 @@ class Snapshot(Protocol):
 class Block:
     """One row group of a shard: what is read at once."""
 
-    path: str
+    shard: str
+    """File name of the shard."""
     row_group: int
     rows: int
     tokens: int
@@ -92,14 +93,22 @@ class Index:
             sequence_length: the most tokens that a piece may have.
 
         Raises:
-            LoadingError: a media span does not fit the sequence length; it names the row and the remedy.
+            LoadingError: media spans do not fit the sequence length; it names the longest, its row, and the remedy.
         """
         blocks: list[Block] = []
+        too_long: list[_TooLong] = []
         parts: list[tuple[NDArray[np.generic], ...]] = [_empty()]
         for shard in dataset.shards():
-            for block, part in _read_shard(dataset, shard, sequence_length):
+            for block, part in _read_shard(dataset, shard, sequence_length, too_long):
                 parts.append((np.full(len(part[0]), len(blocks), np.int32), *part))
                 blocks.append(block)
+        if too_long:
+            needed, row_id = max(too_long)
+            raise LoadingError(
+                f"{dataset.uri} version {dataset.version}, row {row_id}: a media span needs {needed} tokens with its "
+                f"opening, but data.sequence_length is {sequence_length} (so it is in {len(too_long):,} rows). Raise it to "
+                f"{needed} or more, or tokenize with a smaller cap on pictures or sounds."
+            )
         block_ids, row, start, length, ends, validation = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )
@@ -152,12 +161,15 @@ def _empty() -> tuple[NDArray[np.generic], ...]:
     return (*(np.empty(0, np.int32) for _ in range(4)), *(np.empty(0, np.bool_) for _ in range(2)))
 
 
+_TooLong = tuple[int, str]
+"""Tokens that the longest media span of a row needs, and the row's id."""
+
+
 def _read_shard(
-    dataset: Snapshot, shard: Shard, sequence_length: int
+    dataset: Snapshot, shard: Shard, sequence_length: int, too_long: list[_TooLong]
 ) -> Iterator[tuple[Block, tuple[NDArray[np.generic], ...]]]:
-    """For each row group: (row, start, length, ends, validation) of its pieces."""
-    with dataset.storage.filesystem.open_input_file(shard.path) as source:
-        file = pq.ParquetFile(source, page_checksum_verification=True)
+    """For each row group: (row, start, length, ends, validation) of its pieces; rows that cannot be cut to `too_long`."""
+    with open_shard(dataset.storage, shard.name) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=["source", "num_tokens", "num_text"], use_threads=False)
             lengths = table["num_tokens"].to_numpy()
@@ -167,11 +179,14 @@ def _read_shard(
             if len(with_media):
                 media = file.read_row_group(group, columns=["row_id", *_SPAN_COLUMNS], use_threads=False)
                 for row in with_media.tolist():
-                    where = f"{dataset.uri} version {dataset.version}, row {media['row_id'][row].as_py()}"
-                    spans = media["spans"][row].as_py()
-                    cuts[row] = _cuts(_indivisible(spans), int(lengths[row]), sequence_length, where)
+                    indivisible = _indivisible(media["spans"][row].as_py())
+                    needed = max(stop - start for start, stop in indivisible)
+                    if needed > sequence_length:
+                        too_long.append((needed, media["row_id"][row].as_py()))
+                    else:
+                        cuts[row] = _cuts(indivisible, int(lengths[row]), sequence_length)
             rows, starts, sizes = _pieces(lengths, sequence_length, cuts)
-            block = Block(shard.path, group, len(lengths), int(lengths.sum(dtype=np.int64)))
+            block = Block(shard.name, group, len(lengths), int(lengths.sum(dtype=np.int64)))
             yield block, (rows, starts, sizes, starts + sizes == lengths[rows], held_out[rows])
 
 
@@ -204,20 +219,17 @@ def _indivisible(spans: Sequence[dict[str, int]]) -> list[tuple[int, int]]:
     ]
 
 
-def _cuts(indivisible: list[tuple[int, int]], length: int, sequence_length: int, where: str) -> list[int]:
-    """Bounds of a document's pieces, 0 and `length` included: each piece as long as it may be."""
+def _cuts(indivisible: list[tuple[int, int]], length: int, sequence_length: int) -> list[int]:
+    """Bounds of a document's pieces, 0 and `length` included: each piece as long as it may be.
+
+    Args:
+        indivisible: ranges that no cut may enter, none longer than `sequence_length`.
+    """
     bounds = [0]
     while (at := bounds[-1]) < length:
         cut = min(at + sequence_length, length)
         for start, stop in indivisible:
             if start < cut < stop:
                 cut = start
-        if cut <= at:
-            needed = next(stop - start for start, stop in indivisible if start == at)
-            raise LoadingError(
-                f"{where}: a media span at token {at} needs {needed} tokens with its opening, but "
-                f"data.sequence_length is {sequence_length}. Raise it to {needed} or more, or tokenize with a smaller "
-                "cap on pictures or sounds."
-            )
         bounds.append(cut)
     return bounds

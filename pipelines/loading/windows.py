@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.loading.index import Block, Index, Int32s, Int64s
 from pipelines.loading.packing import Plan
 from pipelines.sequence import Modality
+from pipelines.shards.reader import open_shard
 
 NO_TARGET = -1
 """Stands for a modality where the next token is nobody's to predict."""
@@ -143,8 +143,7 @@ class Window:
 
 def _read(index: Index, block: Block) -> tuple[Int32s, NDArray[np.int8], Int64s]:
     """(token_ids, modality_ids, offsets [rows + 1]) of a row group, page checksums verified."""
-    with index.dataset.storage.filesystem.open_input_file(block.path) as source:
-        file = pq.ParquetFile(source, page_checksum_verification=True)
+    with open_shard(index.dataset.storage, block.shard) as file:
         table = file.read_row_group(block.row_group, columns=["token_ids", "modality_ids"], use_threads=False)
     tokens: pa.ListArray = table["token_ids"].combine_chunks()
     modalities: pa.ListArray = table["modality_ids"].combine_chunks()
