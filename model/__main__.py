@@ -85,7 +85,7 @@ def call(model: UnifiedTransformer, token_ids: torch.Tensor, modality_ids: torch
     with torch.no_grad(), torch.autocast(token_ids.device.type, dtype=torch.bfloat16):
         image_logits, audio_logits = model(token_ids, modality_ids)
         text_logits = model.text_logits(model.hidden_states(token_ids, modality_ids))
-    row("attention backend", model.attention_backend)
+    row("attention backend", str(model.attention_backend))
     row("token_ids, modality_ids", f"{shape(token_ids)}, {shape(modality_ids)}")
     row("image_logits", shape(image_logits))
     row("audio_logits", shape(audio_logits))

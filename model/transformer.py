@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class TokenError(ValueError):
-    """A token or modality id outside its range; the message names the place, the value and the range."""
+    """Token or modality ids of a wrong shape, type or range; the message names the place, the value and what may be."""
 
 
 class UnifiedTransformer(nn.Module):
@@ -87,12 +87,20 @@ class UnifiedTransformer(nn.Module):
         return self.config.flops_per_token(sequence_length, convention, target_shares)
 
     @property
-    def attention_backend(self) -> str:
-        """Name of the attention backend that ran last; before the first forward pass, the one that would run."""
-        if self._running_backend is not None:
-            return self._running_backend
-        weight = self.modality_embedding.weight
-        return select_backend(self.config, weight.device, weight.dtype)
+    def attention_backend(self) -> str | None:
+        """Name of the attention backend that ran last; None before the first forward pass."""
+        return self._running_backend
+
+    def attention_backend_for(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Name of the attention backend that runs there without a cache.
+
+        Args:
+            dtype: the type computed in, which under autocast and FSDP2's mixed precision is not that of the weights.
+
+        Raises:
+            AttentionBackendError: the configured backend cannot run there.
+        """
+        return select_backend(self.config, device, dtype)
 
     def forward(self, token_ids: Tensor, modality_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Image and audio logits at every position; text logits are a method of their own.
@@ -120,8 +128,8 @@ class UnifiedTransformer(nn.Module):
         """Hidden states after the final LayerNorm.
 
         Args:
-            token_ids: integer [B, T].
-            modality_ids: integer [B, T].
+            token_ids: [B, T] of any integer type.
+            modality_ids: [B, T] of any integer type.
             positions: integer [B, T], index of each token in its document; by default what the other arguments imply.
             cu_seqlens: int32, document starts in the flattened B*T as in `PackedBatch`; by default a row is a document.
             max_seqlen: no document is longer; default T.
@@ -132,17 +140,21 @@ class UnifiedTransformer(nn.Module):
             [B, T, D].
 
         Raises:
-            TokenError: an id is out of range, on the CPU. On a GPU call `check_tokens`, which waits for the device.
+            TokenError: ids of a wrong shape or type; or an id is out of range, on the CPU and not compiled. Elsewhere
+                call `check_tokens`, which waits for the device.
             AttentionBackendError: the configured backend cannot run here.
             CacheError: the cache does not fit the batch.
         """
+        _require_ids(token_ids, modality_ids)
         B, T = token_ids.shape
         if self.config.max_sequence_length < T:
             raise ValueError(
                 f"a row has {T} tokens: the model is made for at most {self.config.max_sequence_length} "
                 "(max_sequence_length)"
             )
-        if token_ids.device.type == "cpu":
+        token_ids, modality_ids = token_ids.long(), modality_ids.long()
+        # The check branches on values, which would break the graph of a compiled model.
+        if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_tokens(token_ids, modality_ids)
         if cache is not None:
             cache.require_room(B, T)
@@ -160,7 +172,6 @@ class UnifiedTransformer(nn.Module):
 
     def _embed(self, token_ids: Tensor, modality_ids: Tensor) -> Tensor:
         # Every table is read at every position and `where` picks: shapes stay static, and no table lacks a gradient.
-        modality_ids = modality_ids.int()
         x = self.modality_embedding(modality_ids)
         chosen = torch.zeros_like(x)
         for index, name in enumerate(MODALITIES):
@@ -172,7 +183,8 @@ class UnifiedTransformer(nn.Module):
     def _announce(self, backend: str) -> None:
         if backend != self._running_backend:
             self._running_backend = backend
-            logger.info("attention backend: %s", backend)
+            if not torch.compiler.is_compiling():  # a graph holds no logging
+                logger.info("attention backend: %s", backend)
 
     def check_tokens(self, token_ids: Tensor, modality_ids: Tensor) -> None:
         """Verify that every id is in range. It waits for the device, so on a GPU keep it out of the training loop.
@@ -181,7 +193,7 @@ class UnifiedTransformer(nn.Module):
             TokenError: naming the first offending id and where it is.
         """
         sizes = torch.tensor(list(self.config.vocab_sizes.values()), device=token_ids.device)
-        modality_ids = modality_ids.long()
+        token_ids, modality_ids = token_ids.long(), modality_ids.long()
         unknown = (modality_ids < 0) | (modality_ids >= len(MODALITIES))
         if bool(unknown.any()):
             b, t = unknown.nonzero()[0].tolist()
@@ -296,3 +308,17 @@ class UnifiedTransformer(nn.Module):
     def decode_step(self, token_ids: Tensor, modality_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """Read one more token a row, integer [B], and return the hidden state [B, D] that predicts the next."""
         return self.prefill(token_ids[:, None], modality_ids[:, None], cache)
+
+
+def _require_ids(token_ids: Tensor, modality_ids: Tensor) -> None:
+    """Refuse, without looking at any value, what cannot be ids [B, T]."""
+    if token_ids.ndim != 2 or token_ids.shape != modality_ids.shape:
+        raise TokenError(
+            f"token_ids is {tuple(token_ids.shape)} and modality_ids {tuple(modality_ids.shape)}: both must be [B, T], "
+            "of one shape"
+        )
+    for name, ids in (("token_ids", token_ids), ("modality_ids", modality_ids)):
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TokenError(
+                f"{name} is {str(ids.dtype).removeprefix('torch.')}: ids are integers; convert it with .long()"
+            )

@@ -27,6 +27,9 @@ class Settings(BaseModel):
 
 S = TypeVar("S", bound=Settings)
 
+MOST_LEVELS = 50
+"""Deeper recipes are refused: an anchor may name what it stands in."""
+
 SHIPPED = Path(__file__).parent / "configs"
 """Where an installed Braid keeps its recipes; in a checkout they lie in `configs/` at the top."""
 
@@ -67,6 +70,8 @@ def read_recipe(kind: type[S], path: str | Path, overrides: Iterable[str] = ()) 
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{file}:{line}: not YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{file}:1: a recipe is a mapping of keys to values")
     places: dict[tuple[str, ...], str] = {}
@@ -95,6 +100,8 @@ def _construct(
 ) -> Any:
     """Build plain values, remembering where each stands; duplicate keys are faults."""
     places[at] = f"{file}:{node.start_mark.line + 1}"
+    if len(at) > MOST_LEVELS:
+        raise RecipeError(f"{places[at]}: {'.'.join(at[:4])} ...: nested over {MOST_LEVELS} levels deep, or in itself")
     if isinstance(node, yaml.MappingNode):
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -110,6 +117,10 @@ def _construct(
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node)  # type: ignore[no-untyped-call]
+    except (yaml.YAMLError, ValueError) as error:
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        faults.append(f"{places[at]}: {'.'.join(at)} = {node.value!r}: {problem}; quote it if it is text")
+        return None
     finally:
         loader.dispose()  # type: ignore[no-untyped-call]
 
@@ -122,7 +133,7 @@ def _override(values: dict[str, Any], override: str, places: dict[tuple[str, ...
         return
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         faults.append(f"command line: {dotted}: value {text!r} is not YAML; quote it")
         return
     target: Any = values

@@ -63,6 +63,8 @@ def show(
     dataset: Dataset, rows: Iterable[str], out: Path | None = None, tokenizers: Tokenizers | None = None
 ) -> Iterator[ShownRow]:
     """Decode rows, and write their spans to files below `out` where that is given."""
+    if out and out.exists() and not out.is_dir():
+        raise DatasetError(f"{out}: a file; name a folder for what is decoded")
     wanted = [find_row(dataset, row) for row in rows]
     decoders = tokenizers or dataset_tokenizers(dataset)
     for row in wanted:
@@ -82,7 +84,8 @@ def _row_at(dataset: Dataset, index: int) -> dict[str, Any]:
         if index < before + shard.rows:
             return _read(dataset, shard.name, index - before)
         before += shard.rows
-    raise DatasetError(f"{dataset.uri}: no row {index}; version {dataset.version} has rows 0 to {before - 1}")
+    there = f"has rows 0 to {before - 1}" if before else "has no rows"
+    raise DatasetError(f"{dataset.uri}: no row {index}; version {dataset.version} {there}")
 
 
 def _row_named(dataset: Dataset, prefix: str) -> dict[str, Any]:

@@ -11,5 +11,5 @@ class MediaError(ValueError):
 class CorpusError(ValueError):
     """A corpus that cannot be listed or made: missing, empty, or unreadable. The message names the path and remedy.
 
-    Nothing can go on without it, so the command exits with code 2.
+    Nothing can go on without it, so the command ends with its message.
     """

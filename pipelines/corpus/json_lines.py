@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,6 +35,8 @@ class _LineError(ValueError):
 
 class JsonLinesSource(Reader):
     """Reader `jsonl`. Blank lines are skipped."""
+
+    decides_rows: ClassVar[frozenset[str]] = frozenset({"text_field", "id_field"})
 
     reader: Literal["jsonl"]
     path: str

@@ -11,7 +11,7 @@ import itertools
 import posixpath
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -35,6 +35,8 @@ Order = tuple[Literal["text", "image", "audio"], ...]
 
 class MediaFolderSource(Reader):
     """Reader `media_folder`. Several media of one modality and stem follow one another by file name."""
+
+    decides_rows: ClassVar[frozenset[str]] = frozenset({"orders", "seed"})
 
     reader: Literal["media_folder"]
     path: str

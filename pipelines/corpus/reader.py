@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -18,6 +19,9 @@ from pipelines.recipe import Settings
 
 class Reader(Settings):
     """Base of the sources of a recipe."""
+
+    decides_rows: ClassVar[frozenset[str]] = frozenset()
+    """Settings that decide what the rows of an input are: a dataset that has rows of the source keeps to them."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """First part of every document's identity: rename a source and all of its documents are new."""

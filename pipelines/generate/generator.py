@@ -77,10 +77,13 @@ class Generator:
             tokenizers: use these instead.
 
         Raises:
+            GenerateError: the device is unknown or not here, or no tokenizers are named.
             CheckpointError: no model there, or a damaged one; or a tokenizer that it names is missing or broken.
             VocabularyError: a tokenizer is no longer the one that the model was trained with.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        _require_device(device)
         model, vocabulary, about = load_model(checkpoint, device)
         if torch.device(device).type == "cuda":
             model = model.to(torch.bfloat16)
@@ -164,6 +167,19 @@ def _seed(seed: int, prompt: EncodedPrompt, index: int) -> int:
     digest = hashlib.sha256(f"{seed}/{index}/".encode())
     digest.update(prompt.token_ids.tobytes() + prompt.modality_ids.tobytes())
     return int.from_bytes(digest.digest()[:8], "little") >> 1
+
+
+def _require_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise GenerateError(f"device is {name!r}: torch knows no such device; choose cpu or cuda") from error
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    present = here is not None and device.type == here.type and (device.index or 0) < torch.accelerator.device_count()
+    if device.type != "cpu" and not present:
+        raise GenerateError(
+            f"device is {name!r}: torch {torch.__version__} sees no such device here; use cpu, or leave device out"
+        )
 
 
 def _load_tokenizers(settings: TokenizerSettings, vocabulary: Vocabulary, device: str) -> Tokenizers:

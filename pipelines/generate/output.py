@@ -3,11 +3,14 @@
     a-red-apple-seed0-0.png         what was generated
     a-red-apple-seed0-0.png.json    prompt, seed, settings, checkpoint, fingerprint, tokens
 
+The name of a long prompt is cut, and ends in a hash of the whole.
+
 The record, without the tokens, also stands in the PNG's text chunk and in the WAV's INFO comment.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -23,6 +26,9 @@ from pipelines.interleave import Sequence
 
 RECORD_VERSION = 1
 """Raised when the record beside a sample changes its layout."""
+
+SLUG_CHARACTERS = 40
+"""Of a prompt, in the name of a file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,5 +133,8 @@ def _title(prompt: list[dict[str, str]]) -> str:
 
 def _slug(prompt: list[dict[str, str]]) -> str:
     words = [Path(text).stem if modality != "text" else text for item in prompt for modality, text in item.items()]
-    slug = re.sub(r"\W+", "-", " ".join(words).lower()).strip("-")[:40].rstrip("-")
+    slug = re.sub(r"\W+", "-", " ".join(words).lower()).strip("-")
+    if len(slug) > SLUG_CHARACTERS:
+        digest = hashlib.sha256(json.dumps(prompt).encode()).hexdigest()
+        return f"{slug[:SLUG_CHARACTERS].rstrip('-')}-{digest[:8]}"
     return slug or "no-prompt"

@@ -7,6 +7,7 @@ here, before anything is computed.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -57,8 +58,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_NUMBER:
                 raise GenerateError(f"{name} is {value}: an image has 1 to {MAX_NUMBER} {name} of codes")
-        if self.seconds is not None and not self.seconds > 0:
-            raise GenerateError(f"seconds is {self.seconds}: give a length above 0")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise GenerateError(f"seconds is {self.seconds}: give a finite length above 0")
         if isinstance(self.sampling, Mapping):
             for name in self.sampling:
                 _modality(name, "sampling")

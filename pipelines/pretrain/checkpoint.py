@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-00000200/state/           weights and optimizer, in torch's distributed format (DCP)
     RUN/checkpoints/step-00000200/checkpoint.json  the rest: loader, recipe, vocabulary, versions, sha256 of every file
+                                                   and of itself
 
 Enters: model, optimizer, and what `Checkpoint` holds. Leaves: a folder that appears under its name by one rename, when all
 of it is on the disk. Always holds: no file is opened by torch before its sha256 agrees. DCP reads its `.metadata` by
@@ -58,7 +59,7 @@ def save_checkpoint(
     folder: Path, checkpoint: Checkpoint, model: ShardedTransformer, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> Path:
     """Write a checkpoint; every rank must call it. Returns its folder."""
-    final = folder / f"step-{checkpoint.step:08d}"
+    final = folder / _name(checkpoint.step)
     partial = folder / f".{final.name}.partial"
     if ranks.first:
         # What stands there is the rest of a run that died while saving.
@@ -78,6 +79,7 @@ def save_checkpoint(
             "code": {"braid": code_version(), "torch": torch.__version__},
             "files": sums,
         }
+        record["sha256"] = _sha256_of_record(record)
         (partial / "checkpoint.json").write_text(json.dumps(record, indent=1))
         for path in (*(partial / name for name in sums), partial / "checkpoint.json", partial / "state", partial):
             sync(path)
@@ -109,9 +111,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """What stands in `checkpoint.json`, without weights.
 
     Raises:
-        CheckpointError: it is missing, damaged, or of another format.
+        CheckpointError: it is missing, damaged, of another format, or of another step than the folder's name.
     """
-    return Checkpoint(**{name: _record(path)[name] for name in Checkpoint.__dataclass_fields__})
+    record = _record(path)
+    return Checkpoint(**{name: record[name] for name in Checkpoint.__dataclass_fields__})
 
 
 def load_checkpoint(
@@ -126,7 +129,7 @@ def load_checkpoint(
     faults: list[str | None] = [None] * ranks.world_size
     dist.all_gather_object(faults, _first_fault(path, _record(path)["files"], ranks))
     if fault := next((f for f in faults if f), None):
-        raise CheckpointError(f"{fault}; delete the folder {path}, and the run goes on from the checkpoint before it")
+        raise CheckpointError(f"{fault}; {_remedy(path)}")
     weights, moments = get_state_dict(model, optimizer)
     # It fills the tensors in place; numbers such as the step count of the optimizer are replaced in the dictionaries.
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path / "state")
@@ -173,12 +176,34 @@ def _record(path: Path) -> dict[str, Any]:
         record = json.loads(file.read_bytes())
         written = record["format_version"]
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing, so {path} is no Braid checkpoint; name another folder") from error
+        raise CheckpointError(f"{file} is missing, so {path} is no Braid checkpoint; {_remedy(path)}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged or not Braid's; delete the folder {path}, or name another") from error
+        raise CheckpointError(f"{file} is damaged or not Braid's; {_remedy(path)}") from error
     if written != FORMAT_VERSION:
         raise CheckpointError(f"{file}: written in format {written}, this Braid reads {FORMAT_VERSION}; update Braid")
-    missing = sorted({*Checkpoint.__dataclass_fields__, "files"} - record.keys())
+    missing = sorted({*Checkpoint.__dataclass_fields__, "files", "sha256"} - record.keys())
     if missing:
-        raise CheckpointError(f"{file} is damaged: it has no {missing[0]}; delete the folder {path}, or name another")
+        raise CheckpointError(f"{file} is damaged: it has no {missing[0]}; {_remedy(path)}")
+    if record["sha256"] != _sha256_of_record(record):
+        raise CheckpointError(f"{file} is damaged: its sha256 is not the one that it names; {_remedy(path)}")
+    if path.name != _name(record["step"]):
+        raise CheckpointError(f"{file} is of step {record['step']}, unlike the name of its folder; {_remedy(path)}")
     return dict(record)
+
+
+def _sha256_of_record(record: Mapping[str, Any]) -> str:
+    """Of all keys but `sha256`, as JSON with sorted keys and no spaces."""
+    # Through JSON and back, because keys that are no strings sort differently before.
+    content = json.loads(json.dumps({key: value for key, value in record.items() if key != "sha256"}))
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _remedy(path: Path) -> str:
+    # A run goes on from its newest checkpoint, so every other one is older.
+    others = [p for p in list_checkpoints(path.parent) if p != path]
+    then = "goes on from the checkpoint before it" if others else "starts over, for there is no other checkpoint"
+    return f"delete the folder {path}, and the run {then}"
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"

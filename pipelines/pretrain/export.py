@@ -21,6 +21,7 @@ from model import UnifiedTransformer, UnifiedTransformerConfig
 from pipelines.pretrain.checkpoint import CheckpointError, code_version, sha256_of
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer
 from pipelines.sequence import Vocabulary
+from pipelines.shards.storage import sync
 
 FORMAT_VERSION = 1
 """Raised when the layout of an exported model changes."""
@@ -31,7 +32,7 @@ _FILES = ("model.safetensors", "config.json", "vocabulary.json")
 def export_model(
     folder: Path, model: ShardedTransformer, vocabulary: Vocabulary, about: Mapping[str, Any], ranks: Ranks
 ) -> None:
-    """Write a model to a folder; every rank must call it. `braid.json` comes last and makes the folder valid.
+    """Write a model to a folder, down to the disk; every rank must call it. `braid.json` comes last and makes it valid.
 
     Args:
         about: what else `load_model` shall give back, as JSON values.
@@ -55,6 +56,8 @@ def export_model(
         **about,
     }
     (folder / "braid.json").write_text(json.dumps(record, indent=1))
+    for path in (*(folder / name for name in _FILES), folder / "braid.json", folder, folder.parent):
+        sync(path)
 
 
 def load_model(

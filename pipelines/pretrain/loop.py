@@ -31,7 +31,16 @@ from pipelines.pretrain.metrics import Metrics
 from pipelines.pretrain.optimizer import make_optimizer, set_learning_rate
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer, build_model, join_ranks
 from pipelines.pretrain.recipe import PretrainRecipe, model_config
-from pipelines.pretrain.run import RunResult, claim_folder, pin_version, read_finished, write_finished, write_recipe
+from pipelines.pretrain.run import (
+    RunError,
+    RunResult,
+    claim_folder,
+    hold_folder,
+    pin_version,
+    read_finished,
+    write_finished,
+    write_recipe,
+)
 from pipelines.pretrain.schedule import learning_rate_factor
 from pipelines.pretrain.step import clip_gradients, forward_backward, seed_step
 from pipelines.pretrain.validate import CrossEntropy, Validator
@@ -43,15 +52,20 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
     """Start a run, go on with it, or say that it is finished; under `torchrun` or `srun` every rank calls it.
 
     Raises:
-        RunError: the run folder is another run's, or the loss is no longer a number.
+        RunError: the run folder is another run's or another process trains there, one of its files is damaged, or the
+            loss is no longer a number.
         DatasetError, LoadingError: the dataset cannot be opened, or not be trained on with this sequence length.
         CheckpointError: the newest checkpoint is damaged.
         VocabularyError: the checkpoint was trained on another vocabulary.
     """
-    recipe = claim_folder(recipe)
-    if finished := read_finished(Path(recipe.output)):
+    claim_folder(recipe)
+    if finished := _finished(recipe):
         return finished
-    with join_ranks(recipe.device, recipe.threads) as ranks:
+    with join_ranks(recipe.device, recipe.threads) as ranks, hold_folder(Path(recipe.output), ranks):
+        # Again, because whoever held the folder until now may have pinned a version, or finished the run.
+        recipe = claim_folder(recipe)
+        if finished := _finished(recipe):
+            return finished
         dataset = _open_dataset(recipe, ranks)
         recipe = pin_version(recipe, dataset.version)
         index = Index.build(dataset, recipe.data.sequence_length)
@@ -134,6 +148,19 @@ def _train(
     return result
 
 
+def _finished(recipe: PretrainRecipe) -> RunResult | None:
+    """What the run came to, if nothing is left to do; a run whose model was deleted has still to export it."""
+    finished = read_finished(Path(recipe.output))
+    if finished is None or (finished.model / "braid.json").is_file():
+        return finished
+    if not list_checkpoints(finished.folder / "checkpoints"):
+        raise RunError(
+            f"{finished.folder}: finished, but its model is gone and no checkpoint is left to export it from; put the "
+            f"model back into {finished.model}, or delete the folder {finished.folder} to train again"
+        )
+    return None
+
+
 def _due(step: int, every: int, total: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
 
@@ -200,11 +227,12 @@ def _resume(
 
 def _opening(recipe: PretrainRecipe, index: Index, model: ShardedTransformer, start: int, ranks: Ranks) -> str:
     begun = f"Going on from step {start:,} of {recipe.total_steps:,}" if start else f"{recipe.total_steps:,} steps"
+    backend = model.attention_backend_for(ranks.device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
     ranks_used = f"{ranks.world_size} x {ranks.device.type}" if ranks.world_size > 1 else ranks.device.type
     return (
         f"{begun} of {recipe.tokens_per_step:,} tokens, in {recipe.output}\n"
         f"model: {model.config.num_parameters():,} parameters, {recipe.precision} on {ranks_used}, attention by "
-        f"{model.attention_backend}\n"
+        f"{backend}\n"
         f"data: {index.documents:,} documents of {index.tokens:,} tokens to train on, from {index.dataset.uri} version "
         f"{index.dataset.version}"
     )

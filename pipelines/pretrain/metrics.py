@@ -144,7 +144,8 @@ class Metrics:
     def say(self, text: str) -> None:
         """Print a line above the progress line."""
         if self._enabled:
-            self._progress.console.print(text, highlight=False, soft_wrap=True)
+            # A path may hold what Rich would take for markup or an emoji.
+            self._progress.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def _flush(self) -> None:
         if not self._pending:
@@ -182,25 +183,44 @@ def describe(record: Record) -> str:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Drop the records after a step, all of them for step 0, and a last line that was cut off."""
+    """Drop the records after a step, all of them for step 0, and a last line that was cut off.
+
+    Raises:
+        RunError: a line is no record; the file is left as it was.
+    """
     if not path.exists():
         return
     if step == 0:
         path.unlink()
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
+    kept = [line for line, record in _records(path) if record["step"] <= step]
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_bytes(b"".join(kept))
     partial.replace(path)
 
 
 def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
-    """All records of a kind: `train`, `validation`, `baseline`."""
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [record for record in records if record["kind"] == kind]
+    """All records of a kind: `train`, `validation`, `baseline`.
+
+    Raises:
+        RunError: a line is no record.
+    """
+    return [record for _, record in _records(path) if record["kind"] == kind]
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Lines and what they hold, but for a last line that was cut off."""
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            return
+        try:
+            record = json.loads(line)
+            whole = isinstance(record["step"], int) and isinstance(record["kind"], str)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            raise RunError(f"{path}:{number}: damaged, no record of a run; delete that line, and start again")
+        yield line, record
 
 
 def _scalars(record: Record, prefix: str = "") -> list[tuple[str, float]]:

@@ -61,7 +61,7 @@ else:
 class OptimizerSettings(Settings):
     """AdamW (Loshchilov and Hutter, 2019)."""
 
-    learning_rate: float = Field(default=3e-4, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     """Its peak; `schedule` shapes it."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -74,11 +74,20 @@ class OptimizerSettings(Settings):
 class ScheduleSettings(Settings):
     kind: Literal["cosine", "wsd"] = "cosine"
     """Warmup and cosine for a fixed budget; warmup, stable, decay for one that may grow."""
-    warmup_steps: int = Field(default=100, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """null is 100, or a tenth of all steps where that is less."""
     decay_steps: int | None = Field(default=None, ge=1)
     """wsd: length of the linear decay at the end; null is a tenth of all steps."""
     minimum: float = Field(default=0.1, ge=0, le=1)
     """Share of the peak at the last step."""
+
+    def warmup(self, total_steps: int) -> int:
+        """Steps of the warmup in a run of so many steps."""
+        return min(100, total_steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+    def decay(self, total_steps: int) -> int:
+        """wsd: steps of the decay in a run of so many steps."""
+        return max(1, total_steps // 10) if self.decay_steps is None else self.decay_steps
 
 
 class BatchSettings(Settings):
@@ -162,6 +171,18 @@ class PretrainRecipe(Settings):
             raise ValueError(
                 f"batch.sequences is {self.batch.sequences}: it must be a multiple of batch.micro_batch = "
                 f"{self.batch.micro_batch}"
+            )
+        total = self.total_steps
+        warmup, decay = self.schedule.warmup(total), self.schedule.decay(total)
+        if warmup >= total:
+            raise ValueError(
+                f"schedule.warmup_steps is {warmup} and the run has {total} steps: the warmup must be shorter than the "
+                "run; lower it, or leave it out"
+            )
+        if self.schedule.kind == "wsd" and warmup + decay > total:
+            raise ValueError(
+                f"schedule.warmup_steps is {warmup} and schedule.decay_steps {decay}: they must fit into the {total} "
+                "steps of the run; lower one of them"
             )
         return self
 

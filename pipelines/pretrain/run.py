@@ -5,20 +5,30 @@ RUN/metrics.jsonl      every step
 RUN/checkpoints/       see `checkpoint`
 RUN/model/             the trained model, see `export`
 RUN/finished.json      written last
+RUN/.lock              locked by the process that trains here
+
+Always holds: of all processes on one machine or one file system with POSIX locks, one at a time writes to a run's folder.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.pretrain.checkpoint import list_checkpoints
+from pipelines.pretrain.parallelize import Ranks
 from pipelines.pretrain.recipe import PretrainRecipe
 from pipelines.pretrain.validate import CrossEntropy
 from pipelines.recipe import dump_recipe, read_recipe
 from pipelines.shards.storage import Storage
+
+_MAY_CHANGE = ("threads", "logging.", "data.prefetch", "checkpoints.", "validation.every")
+"""Keys of a recipe that a run may go on with another value of: they change nothing that is learned."""
 
 
 class RunError(ValueError):
@@ -46,32 +56,68 @@ class RunResult:
         return self.folder / "model"
 
 
+@contextmanager
+def hold_folder(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep other processes from training in a folder, which is made if it is not there; every rank must call it.
+
+    The kernel lets go of the lock when the process ends, however it ends.
+
+    Raises:
+        RunError: another process trains there; on all ranks.
+    """
+    if not ranks.first:
+        _require_held(folder, bool(ranks.agree(0)))
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except BlockingIOError:
+            held = False
+        _require_held(folder, bool(ranks.agree(int(held))))
+        yield
+
+
+def _require_held(folder: Path, held: bool) -> None:
+    if not held:
+        raise RunError(f"{folder}: another process is training here; wait for it, or set `output` to a new folder")
+
+
 def claim_folder(recipe: PretrainRecipe) -> PretrainRecipe:
     """The recipe of the run in its folder: the given one, with the dataset version that a run there has pinned.
+
+    A run that has neither a checkpoint nor its end is nothing to go on with: another recipe takes its folder over.
 
     Raises:
         RunError: the folder holds a run of another recipe, or something else; the message lists what differs.
     """
     folder = Path(recipe.output)
+    if wrong := next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None):
+        raise RunError(f"{wrong}: a file, where `output` = {recipe.output} needs a folder; set `output` to another one")
     file = folder / "recipe.yaml"
     if not file.exists():
         if folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
             raise RunError(f"{folder}: not empty, and no run of Braid; set `output` to a new folder")
         return recipe
     there = read_recipe(PretrainRecipe, file)
-    if recipe.data.version is None:
-        recipe = pin_version(recipe, there.data.version)
-    # A run folder may be moved, so where it lies is no difference.
-    theirs, ours = (_flat(r.model_dump(mode="json", exclude={"output"})) for r in (there, recipe))
-    differing = [
-        f"  {key}: {theirs.get(key)} there, {ours.get(key)} here" for key in ours if theirs.get(key) != ours[key]
-    ]
-    if differing:
-        raise RunError(
-            f"{folder} holds a run of another recipe:\n" + "\n".join(differing) + "\n"
-            "Use that recipe to go on with it, or set `output` to a new folder."
+    pinned = pin_version(recipe, there.data.version) if recipe.data.version is None else recipe
+    theirs, ours = _deciding(there), _deciding(pinned)
+    differing = [key for key in ours if theirs.get(key) != ours[key]]
+    if not differing:
+        return pinned
+    if not list_checkpoints(folder / "checkpoints") and not (folder / "finished.json").exists():
+        return recipe
+    if {"steps", "tokens"}.issuperset(differing):
+        remedy = (
+            "The learning rate follows the length of a run, so that one cannot be made longer or shorter: set `output` "
+            f"to a new folder, or delete the folder {folder} to start over."
         )
-    return recipe
+    else:
+        remedy = "Use that recipe to go on with it, or set `output` to a new folder."
+    lines = "".join(f"  {key}: {theirs.get(key)} there, {ours[key]} here\n" for key in differing)
+    raise RunError(f"{folder} holds a run of another recipe:\n{lines}{remedy}")
 
 
 def pin_version(recipe: PretrainRecipe, version: int | None) -> PretrainRecipe:
@@ -80,10 +126,8 @@ def pin_version(recipe: PretrainRecipe, version: int | None) -> PretrainRecipe:
 
 
 def write_recipe(recipe: PretrainRecipe) -> None:
-    """Take the run folder for a recipe, if it is not taken yet."""
-    storage = Storage.of(recipe.output)
-    if not storage.exists("recipe.yaml"):
-        storage.write("recipe.yaml", dump_recipe(recipe).encode())
+    """Take the run folder for a recipe that `claim_folder` gave."""
+    Storage.of(recipe.output).write("recipe.yaml", dump_recipe(recipe).encode())
 
 
 def write_finished(result: RunResult) -> None:
@@ -97,19 +141,35 @@ def write_finished(result: RunResult) -> None:
 
 
 def read_finished(folder: Path) -> RunResult | None:
-    """What a finished run came to; None while it is not finished."""
+    """What a finished run came to; None while it is not finished.
+
+    Raises:
+        RunError: the file is damaged.
+    """
     file = folder / "finished.json"
     if not file.exists():
         return None
-    record: Mapping[str, Any] = json.loads(file.read_bytes())
-    return RunResult(
-        folder=folder,
-        steps=record["steps"],
-        resumed_from=None,
-        already_finished=True,
-        validation=CrossEntropy.from_json(record["validation"]) if record["validation"] else None,
-        baseline=CrossEntropy.from_json(record["baseline"]) if record["baseline"] else None,
-    )
+    try:
+        record: Mapping[str, Any] = json.loads(file.read_bytes())
+        return RunResult(
+            folder=folder,
+            steps=record["steps"],
+            resumed_from=None,
+            already_finished=True,
+            validation=CrossEntropy.from_json(record["validation"]) if record["validation"] else None,
+            baseline=CrossEntropy.from_json(record["baseline"]) if record["baseline"] else None,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{file} is damaged; delete it and start the run again, which ends it anew from its last checkpoint"
+        ) from error
+
+
+def _deciding(recipe: PretrainRecipe) -> dict[str, Any]:
+    """What decides how a run goes, by dotted key. A run folder may be moved, so where it lies is no part of it."""
+    flat = _flat(recipe.model_dump(mode="json", exclude={"output"}))
+    flat["data.dataset"] = Storage.of(recipe.data.dataset).uri
+    return {key: value for key, value in flat.items() if not key.startswith(_MAY_CHANGE)}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

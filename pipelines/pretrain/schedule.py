@@ -16,13 +16,12 @@ def learning_rate_factor(settings: ScheduleSettings, step: int, total_steps: int
     2017), or a plateau and a linear decay to it (warmup-stable-decay; Hu et al., MiniCPM, 2024). The minimum is reached
     with the last step.
     """
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
+    warmup = settings.warmup(total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
     if settings.kind == "cosine":
-        length = total_steps - settings.warmup_steps
-        done = (step + 1 - settings.warmup_steps) / length
+        done = (step + 1 - warmup) / (total_steps - warmup)
         shape = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     else:
-        decay = settings.decay_steps or max(1, total_steps // 10)
-        shape = min(1.0, max(0.0, (total_steps - step - 1) / decay))
+        shape = min(1.0, max(0.0, (total_steps - step - 1) / settings.decay(total_steps)))
     return settings.minimum + (1 - settings.minimum) * shape

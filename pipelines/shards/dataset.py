@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -36,6 +36,10 @@ _APP = "braid"
 """Application id of the commits' counter."""
 
 _COMMIT_TRIES = 20
+
+
+def _none(units: Collection[str]) -> set[str]:
+    return set()
 
 
 class DatasetError(ValueError):
@@ -143,10 +147,17 @@ class Dataset:
         """Move on to the newest version."""
         self._table.update_incremental()
 
-    def commit(self, written: Collection[WrittenShard], *, retired: Collection[str] = ()) -> list[WrittenShard]:
-        """Make finished units visible, and the units in `retired` that they replace invisible, in one step.
+    def commit(
+        self, written: Collection[WrittenShard], *, ancestors: Callable[[Collection[str]], set[str]] = _none
+    ) -> list[WrittenShard]:
+        """Make finished units visible, and the units that they replace invisible, in one step.
 
-        Units that another job has committed meanwhile are left out; their files stay as orphans.
+        Left out, their files staying as orphans, are units that another job has committed meanwhile, and units whose
+        successor it has committed.
+
+        Args:
+            ancestors: the units that some units replace, directly or through others; asked anew for each attempt, after
+                the table was read, so that of two jobs that saw an input in two states the later state stays.
 
         Returns:
             What was committed.
@@ -157,11 +168,14 @@ class Dataset:
         for attempt in range(_COMMIT_TRIES):
             self.refresh()
             held = {shard.unit: shard for shard in self.shards()}
-            new = [w for w in written if w.unit not in held]
-            removed = [held[unit] for unit in retired if unit in held]
+            outdated = ancestors(held)
+            new = [w for w in written if w.unit not in held and w.unit not in outdated]
             if not new:
                 return []
+            outdated |= ancestors([w.unit for w in new])
+            removed = [shard for unit, shard in held.items() if unit in outdated]
             counter = (self._table.transaction_version(_APP) or 0) + 1
+            version = self.version + 1
             self._commit_rejects(new)
             now = int(time.time() * 1000)
             actions: list[AddAction | RemoveAction] = [
@@ -184,8 +198,8 @@ class Dataset:
                 # Another job's commit came first. Wait a little longer each time, then look at what it did.
                 time.sleep(0.05 * (attempt + 1))
                 continue
+            self._roll_up(version, new, whole=bool(removed))
             self.refresh()
-            self._roll_up(new, whole=bool(removed))
             return new
         raise DatasetError(f"{self.uri}: {_COMMIT_TRIES} commits in a row lost against other jobs; run it again later")
 
@@ -238,15 +252,16 @@ class Dataset:
             statistics.merge(Statistics.from_json(json.loads(footer["statistics"])))
         return statistics
 
-    def _roll_up(self, new: Collection[WrittenShard], *, whole: bool) -> None:
-        previous = _roll_up_name(self.version - 1)
+    def _roll_up(self, version: int, new: Collection[WrittenShard], *, whole: bool) -> None:
+        """Write the statistics of the version that this commit made, whatever others have committed since."""
+        previous = _roll_up_name(version - 1)
         if whole or not self.storage.exists(previous):
-            statistics = self.statistics()
+            statistics = type(self).open(self.uri, version).statistics()
         else:
             statistics = Statistics.from_json(json.loads(self.storage.read(previous)))
             for shard in new:
                 statistics.merge(Statistics.from_json(shard.statistics))
-        self.storage.write(_roll_up_name(self.version), json.dumps(statistics.to_json()).encode())
+        self.storage.write(_roll_up_name(version), json.dumps(statistics.to_json()).encode())
 
     def read(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
         """All rows, shard by shard in the order of their names, checksums verified."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.corpus.documents import Slice
 from pipelines.sequence import Modality
 from pipelines.shards.dataset import Dataset
 from pipelines.shards.schema import Row
@@ -19,8 +20,9 @@ from pipelines.tokenize.units import WorkUnit, dry_plan
 from pipelines.tokenize.worker import UnitWorker
 
 SAMPLED_UNITS = 3
-SAMPLED_DOCUMENTS = 8
-"""From each of so many units of a source so many documents are tokenized; nothing is written."""
+SAMPLED_INPUTS = 8
+SAMPLED_BYTES = 64 * 2**10
+"""Of each of so many units of a source so many inputs are tokenized, of divisible ones so many bytes; nothing is written."""
 
 BYTES_PER_TOKEN = 2.4
 """Of a zstd shard, as measured on real text and media."""
@@ -56,14 +58,15 @@ def estimate(recipe: TokenizeRecipe) -> tuple[dict[str, Estimate], int]:
 
 def _estimate(worker: UnitWorker, units: list[WorkUnit]) -> Estimate:
     total = Estimate(units=len(units), input_bytes=sum(unit.size for unit in units))
-    sampled_bytes, sampled = 0.0, Estimate()
+    sampled_bytes, sampled = 0, Estimate()
     for unit in units[:: max(1, len(units) // SAMPLED_UNITS)][:SAMPLED_UNITS]:
+        few = replace(unit, slices=tuple(_shortened(piece) for piece in unit.slices[:SAMPLED_INPUTS]))
         began = time.monotonic()
-        rows = worker.sample(unit, SAMPLED_DOCUMENTS)
+        rows = list(worker.rows(few))
         sampled.seconds += time.monotonic() - began
-        for row, size in rows:
-            sampled_bytes += size
-            sampled.documents += 1
+        sampled_bytes += few.size
+        sampled.documents += len(rows)
+        for row in rows:
             if isinstance(row, Row):
                 for modality in Modality:
                     sampled.tokens[modality.label] += row.sequence.count(modality)
@@ -73,6 +76,13 @@ def _estimate(worker: UnitWorker, units: list[WorkUnit]) -> Estimate:
         total.seconds = sampled.seconds * scale
         total.tokens = {modality: count * scale for modality, count in sampled.tokens.items()}
     return total
+
+
+def _shortened(piece: Slice) -> Slice:
+    """The beginning of a slice that may be cut anywhere, or the whole of one that may not."""
+    if not piece.input.divisible:
+        return piece
+    return replace(piece, stop=min(piece.stop, piece.start + SAMPLED_BYTES))
 
 
 def render(result: tuple[dict[str, Estimate], int], console: Console, workers: int | None) -> None:

@@ -15,27 +15,30 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 import yaml
+from deltalake.exceptions import DeltaError
 from ray.exceptions import RayActorError
 
 from pipelines.recipe import RecipeError, dump_recipe
 from pipelines.sequence import Vocabulary
-from pipelines.shards.dataset import Dataset
+from pipelines.shards.dataset import Dataset, DatasetError
 from pipelines.shards.statistics import MODALITIES, Statistics
+from pipelines.shards.storage import Storage
 from pipelines.shards.writer import WrittenShard
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.tokenizers import Tokenizers
-from pipelines.tokenize.units import Plan, WorkUnit, plan
+from pipelines.tokenize.units import Ledger, Plan, WorkUnit, plan
 from pipelines.tokenize.worker import UnitWorker
 
 COMMIT_EVERY_S = 5.0
 """Finished units wait at most so long for their commit."""
 
-BUDGET_FROM_DOCUMENTS = 100
-"""The error budget is a share; before so many documents it is judged only at the end."""
+BUDGET_FROM_DOCUMENTS = 1000
+"""The error budget is a share; before so many documents it is judged only at the end, over the whole dataset."""
 
 IN_FLIGHT = 2
 """Units handed to each worker: the next one waits there while one runs."""
@@ -90,24 +93,34 @@ def tokenize(recipe: TokenizeRecipe, progress: Progress | None = None) -> Summar
     began = time.monotonic()
     vocabulary = Tokenizers.load(recipe).vocabulary(recipe)
     dataset = open_or_create(recipe, vocabulary)
-    work = plan(dataset, recipe.sources, recipe.units)
+    ledger = Ledger(dataset.storage)
+    work = plan(dataset, ledger, recipe.sources, recipe.units)
     summary = Summary(dataset=dataset.uri, version=dataset.version, already_done=work.done)
     if work.pending:
         _record_recipe(dataset, recipe)
         watch = progress or Silent()
         watch.started(work)
         with _cluster(recipe) as actors:
-            _run(recipe, dataset, work, actors, watch, summary)
+            _run(recipe, dataset, ledger, work, actors, watch, summary)
     summary.version = dataset.version
     summary.seconds = time.monotonic() - began
-    _check_budget(recipe, summary, final=True)
+    # Judged over the whole dataset: a second try must not walk through a budget that the first one spent.
+    _check_budget(recipe, dataset.statistics().documents, len(dataset.quarantined()))
     return summary
 
 
 def open_or_create(recipe: TokenizeRecipe, vocabulary: Vocabulary) -> Dataset:
     """The recipe's dataset, which must have this vocabulary."""
     if not Dataset.exists(recipe.dataset):
-        return Dataset.create(recipe.dataset, vocabulary, validation_share=recipe.validation_share)
+        storage = Storage.of(recipe.dataset)
+        if storage.is_local and Path(storage.root).is_file():
+            raise DatasetError(f"dataset = {recipe.dataset}: a file lies there; name a folder")
+        try:
+            return Dataset.create(recipe.dataset, vocabulary, validation_share=recipe.validation_share)
+        except DeltaError:
+            # Another job may have made it just now; then this one joins in.
+            if not Dataset.exists(recipe.dataset):
+                raise
     dataset = Dataset.open(recipe.dataset)
     check_dataset(dataset, recipe, vocabulary)
     return dataset
@@ -123,9 +136,9 @@ def check_dataset(dataset: Dataset, recipe: TokenizeRecipe, vocabulary: Vocabula
         )
     before = _last_settings(dataset)
     for source in recipe.sources:
-        now = source.model_dump(mode="json", exclude={"path"})
+        now = source.model_dump(mode="json")
         then = before.get(source.name, now)
-        for key in sorted(now.keys() | then.keys()):
+        for key in ("reader", *sorted(source.decides_rows)):
             if now.get(key) != then.get(key):
                 raise RecipeError(
                     f"sources: {source.name}: {key} = {now.get(key)!r}, but this dataset has rows of that source made with "
@@ -134,17 +147,17 @@ def check_dataset(dataset: Dataset, recipe: TokenizeRecipe, vocabulary: Vocabula
 
 
 def _last_settings(dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """Each source's settings in the newest recipe that named it, without its path."""
+    """Each source's settings in the newest recipe that named it."""
     settings: dict[str, dict[str, Any]] = {}
     for name in dataset.storage.names("recipes"):
         for source in yaml.safe_load(dataset.storage.read(f"recipes/{name}"))["sources"]:
-            settings[source["name"]] = {key: value for key, value in source.items() if key != "path"}
+            settings[source["name"]] = source
     return settings
 
 
 def _record_recipe(dataset: Dataset, recipe: TokenizeRecipe) -> None:
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")
-    dataset.storage.write(f"recipes/{stamp}-{uuid.uuid4().hex[:6]}.yaml", dump_recipe(recipe).encode())
+    dataset.storage.write(f"recipes/{stamp}-{uuid.uuid4().hex[:6]}.yaml", dump_recipe(recipe.anchored()).encode())
 
 
 @contextlib.contextmanager
@@ -170,7 +183,13 @@ def _cluster(recipe: TokenizeRecipe) -> Iterator[list[Any]]:
 
 
 def _run(
-    recipe: TokenizeRecipe, dataset: Dataset, work: Plan, actors: list[Any], progress: Progress, summary: Summary
+    recipe: TokenizeRecipe,
+    dataset: Dataset,
+    ledger: Ledger,
+    work: Plan,
+    actors: list[Any],
+    progress: Progress,
+    summary: Summary,
 ) -> None:
     """Keep every worker busy, commit in batches; a unit whose worker died is tried again, a bounded number of times."""
     # The largest first, so that no straggler is left for the end.
@@ -178,7 +197,7 @@ def _run(
     load = Counter(dict.fromkeys(range(len(actors)), 0))
     running: dict[Any, tuple[WorkUnit, int]] = {}
     tries: Counter[str] = Counter()
-    finished: list[WrittenShard] = []
+    finished = Finished(work)
     committed_at = time.monotonic()
     try:
         while waiting or running:
@@ -199,40 +218,58 @@ def _run(
                         raise JobError(_worker_died(unit, tries[unit.id])) from error
                     waiting.append(unit)
                     continue
-                finished.append(shard)
-                _count(summary, unit, shard, progress)
-                _check_budget(recipe, summary, final=False)
-            if finished and (time.monotonic() - committed_at > COMMIT_EVERY_S or not (waiting or running)):
-                _commit(dataset, work, finished)
-                finished, committed_at = [], time.monotonic()
+                finished.add(unit, shard)
+                progress.finished(unit, shard, Statistics.from_json(shard.statistics))
+                if finished.documents + finished.rejects >= BUDGET_FROM_DOCUMENTS:
+                    _check_budget(recipe, finished.documents, finished.rejects)
+            if time.monotonic() - committed_at > COMMIT_EVERY_S:
+                _commit(dataset, ledger, finished, summary)
+                committed_at = time.monotonic()
     finally:
         # What is finished is good, also when the job stops here.
-        if finished:
-            _commit(dataset, work, finished)
+        _commit(dataset, ledger, finished, summary)
 
 
-def _commit(dataset: Dataset, work: Plan, finished: list[WrittenShard]) -> None:
-    retired = [name for shard in finished for name in work.retired.get(shard.unit, [])]
-    dataset.commit(finished, retired=retired)
+class Finished:
+    """Finished units that wait for their commit; units that replace the same ones wait for one another."""
+
+    def __init__(self, work: Plan) -> None:
+        self._missing = Counter(unit.replaces for unit in work.pending if unit.replaces)
+        self._waiting: list[tuple[WorkUnit, WrittenShard]] = []
+        self.documents = self.rejects = 0
+        """Of all that were added."""
+
+    def add(self, unit: WorkUnit, shard: WrittenShard) -> None:
+        self._waiting.append((unit, shard))
+        self.documents += shard.rows
+        self.rejects += shard.rejects
+        if unit.replaces:
+            self._missing[unit.replaces] -= 1
+
+    def take(self) -> list[WrittenShard]:
+        """What may be committed now."""
+        ready = [shard for unit, shard in self._waiting if not self._missing[unit.replaces]]
+        self._waiting = [(unit, shard) for unit, shard in self._waiting if self._missing[unit.replaces]]
+        return ready
 
 
-def _count(summary: Summary, unit: WorkUnit, shard: WrittenShard, progress: Progress) -> None:
-    statistics = Statistics.from_json(shard.statistics)
-    summary.units += 1
-    summary.documents += shard.rows
-    summary.rejects += shard.rejects
-    for modality in MODALITIES:
-        summary.tokens[modality] += statistics.tokens(modality)
-    progress.finished(unit, shard, statistics)
-
-
-def _check_budget(recipe: TokenizeRecipe, summary: Summary, *, final: bool) -> None:
-    seen = summary.documents + summary.rejects
-    if not seen or (seen < BUDGET_FROM_DOCUMENTS and not final):
+def _commit(dataset: Dataset, ledger: Ledger, finished: Finished, summary: Summary) -> None:
+    if not (ready := finished.take()):
         return
-    if summary.rejects > recipe.error_budget * seen:
+    for shard in dataset.commit(ready, ancestors=ledger.ancestors):
+        statistics = Statistics.from_json(shard.statistics)
+        summary.units += 1
+        summary.documents += shard.rows
+        summary.rejects += shard.rejects
+        for modality in MODALITIES:
+            summary.tokens[modality] += statistics.tokens(modality)
+
+
+def _check_budget(recipe: TokenizeRecipe, documents: int, rejects: int) -> None:
+    seen = documents + rejects
+    if rejects > recipe.error_budget * seen:
         raise JobError(
-            f"{summary.rejects} of {seen} documents ({summary.rejects / seen:.1%}) could not be tokenized, over the "
+            f"{rejects} of {seen} documents ({rejects / seen:.1%}) could not be tokenized, over the "
             f"error_budget of {recipe.error_budget:.1%}; see why with `braid quarantine list {recipe.dataset}`, then mend "
             "the inputs (changed files are done again) or raise error_budget. What is done stays committed."
         )

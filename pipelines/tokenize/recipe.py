@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -62,7 +63,7 @@ class UnitSettings(Settings):
 class TokenizeRecipe(Settings):
     """Everything that decides what a tokenize job makes."""
 
-    dataset: str
+    dataset: str = Field(min_length=1)
     """Folder or URI of the token dataset; it is made if it is not there."""
     sources: list[Source] = Field(min_length=1)
     tokenizers: TokenizerSettings = TokenizerSettings()
@@ -77,6 +78,21 @@ class TokenizeRecipe(Settings):
     """Worker processes; one for each CPU by default."""
     threads: int = Field(1, ge=1)
     """Threads of each worker. Codes may differ in the last place between thread counts, so it is pinned."""
+
+    def anchored(self) -> Self:
+        """The recipe with local tokenizers named by absolute paths, to be read from any folder."""
+        settings = self.tokenizers
+
+        def absolute(name: str) -> str:
+            return str(Path(name).absolute()) if Path(name).exists() else name
+
+        text = settings.text.model_copy(update={"model": absolute(settings.text.model)})
+        image, audio = (
+            part and part.model_copy(update={"checkpoint": absolute(part.checkpoint)})
+            for part in (settings.image, settings.audio)
+        )
+        named = settings.model_copy(update={"text": text, "image": image, "audio": audio})
+        return self.model_copy(update={"tokenizers": named})
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -2,7 +2,7 @@
 
 Enters: the inputs that the sources list now. Leaves: the units still to be done. Always holds: an input that the ledger
 knows keeps its unit for ever, so a run that was killed, and one that was not, cut the corpus alike; a changed input makes
-a new unit that replaces the old one, inputs and all.
+new units that replace all the units it was in, and they become visible together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
@@ -31,7 +31,7 @@ from pipelines.tokenize.recipe import UnitSettings
 LEDGER_SCHEMA = pa.schema(
     [
         pa.field("unit", pa.string()),
-        pa.field("replaces", pa.string()),
+        pa.field("replaces", pa.list_(pa.field("element", pa.string()))),
         pa.field("source", pa.string()),
         pa.field("uri", pa.string()),
         pa.field("size", pa.int64()),
@@ -52,14 +52,14 @@ class WorkUnit:
 
     source: str
     slices: tuple[Slice, ...]
-    replaces: str = ""
-    """The unit that held an earlier state of the same inputs."""
+    replaces: tuple[str, ...] = ()
+    """The units that held an earlier state of the same inputs. Units that replace the same ones are committed together."""
 
     @property
     def id(self) -> str:
         """20 hexadecimal digits over what the unit reads."""
         # With what it replaces: a file that changes to and fro makes a new unit each time.
-        digest = hashlib.blake2b(f"{self.source}\n{self.replaces}".encode(), digest_size=10)
+        digest = hashlib.blake2b(json.dumps([self.source, self.replaces]).encode(), digest_size=10)
         for piece in self.slices:
             digest.update(json.dumps([piece.input.uri, piece.input.etag, piece.start, piece.stop]).encode())
         return digest.hexdigest()
@@ -74,7 +74,7 @@ class WorkUnit:
         for piece in self.slices:
             yield {
                 "unit": self.id,
-                "replaces": self.replaces,
+                "replaces": list(self.replaces),
                 "source": self.source,
                 "start": piece.start,
                 "stop": piece.stop,
@@ -91,8 +91,6 @@ class Plan:
     """What a run has to do."""
 
     pending: list[WorkUnit]
-    retired: dict[str, list[str]]
-    """For a pending unit that replaces others: which of them the shards still hold."""
     done: int
     """Number of units that need nothing."""
 
@@ -104,6 +102,8 @@ class Ledger:
         self._storage = storage.below("inputs")
         DeltaTable.create(self._storage.uri, LEDGER_SCHEMA, mode="ignore")
         self._table = DeltaTable(self._storage.uri)
+        self._units: dict[str, WorkUnit] = {}
+        self._read_at = -1
 
     @staticmethod
     def exists(storage: Storage) -> bool:
@@ -112,13 +112,31 @@ class Ledger:
     def units(self) -> dict[str, WorkUnit]:
         """All units by id, those that others replace too."""
         self._table.update_incremental()
+        if self._table.version() == self._read_at:
+            return self._units
         grouped: dict[str, list[dict[str, object]]] = defaultdict(list)
         names = pa.table(self._table.get_add_actions(flatten=True))["path"].to_pylist()
         for name in sorted(names):
             table = pq.read_table(self._storage.path(name), filesystem=self._storage.filesystem)
             for row in table.to_pylist():
                 grouped[row["unit"]].append(row)
-        return {unit: _unit(rows) for unit, rows in grouped.items()}
+        self._units = {unit: _unit(rows) for unit, rows in grouped.items()}
+        self._read_at = self._table.version()
+        return self._units
+
+    def ancestors(self, units: Collection[str]) -> set[str]:
+        """What these units replace, and what that replaced, back to the first: the middle ones may never have been done."""
+        known = self.units()
+        found: set[str] = set()
+        open_ids = [name for name in units if name in known and known[name].replaces]
+        while open_ids:
+            for name in known[open_ids.pop()].replaces:
+                if name not in found:
+                    found.add(name)
+                    # An ancestor may be unknown where a lost ledger was made again from the shards.
+                    if name in known:
+                        open_ids.append(name)
+        return found
 
     def append(self, units: Iterable[WorkUnit]) -> bool:
         """Remember new units; False if another job has written to the ledger since `units()` was read."""
@@ -156,13 +174,12 @@ class Ledger:
         raise DatasetError(f"{self._storage.uri}: {_COMMIT_TRIES} writes in a row lost against other jobs; try later")
 
 
-def plan(dataset: Dataset, sources: Iterable[Source], settings: UnitSettings) -> Plan:
+def plan(dataset: Dataset, ledger: Ledger, sources: Iterable[Source], settings: UnitSettings) -> Plan:
     """Compare the sources with the dataset, and write units for what is new or changed into its ledger.
 
     Raises:
         CorpusError: a source is missing or empty.
     """
-    ledger = Ledger(dataset.storage)
     ledger.repair(dataset)
     listed = {source.name: list(source.inputs()) for source in sources}
     for _ in range(_COMMIT_TRIES):
@@ -191,26 +208,52 @@ def new_units(
     listed: Mapping[str, list[Input]], known: Mapping[str, WorkUnit], settings: UnitSettings
 ) -> list[WorkUnit]:
     """Units for the inputs, by source, that no known unit holds in their present state."""
-    replaced = {unit.replaces for unit in known.values()}
-    current = [unit for name, unit in known.items() if name not in replaced]
+    replaced = {name for unit in known.values() for name in unit.replaces}
     added: list[WorkUnit] = []
     for source, inputs in listed.items():
-        mine = [unit for unit in current if unit.source == source]
-        added += _changed_units(inputs, mine)
-        added += _unknown_inputs(source, inputs, mine, settings)
+        current = [unit for name, unit in known.items() if name not in replaced and unit.source == source]
+        for outdated in _outdated(current, inputs):
+            mine = {piece.input.uri for unit in outdated for piece in unit.slices}
+            # What is no longer listed is left out: there is nothing to read.
+            present = [item for item in inputs if item.uri in mine]
+            added += _grouped(source, present, settings, replaces=tuple(sorted(unit.id for unit in outdated)))
+        seen = {piece.input.uri for unit in current for piece in unit.slices}
+        added += _grouped(source, [item for item in inputs if item.uri not in seen], settings)
     return added
+
+
+def _outdated(current: list[WorkUnit], inputs: Iterable[Input]) -> list[list[WorkUnit]]:
+    """The units with a changed input, in groups that must be replaced together because they share inputs."""
+    etags = {item.uri: item.etag for item in inputs}
+    holders: dict[str, list[WorkUnit]] = defaultdict(list)
+    for unit in current:
+        for uri in {piece.input.uri for piece in unit.slices}:
+            holders[uri].append(unit)
+    changed = [u for u in current if any(etags.get(p.input.uri, p.input.etag) != p.input.etag for p in u.slices)]
+    groups: list[list[WorkUnit]] = []
+    grouped: set[str] = set()
+    for first in changed:
+        group, waiting = [], [first]
+        while waiting:
+            unit = waiting.pop()
+            if unit.id not in grouped:
+                grouped.add(unit.id)
+                group.append(unit)
+                waiting += [other for piece in unit.slices for other in holders[piece.input.uri]]
+        if group:
+            groups.append(group)
+    return groups
 
 
 def _compare(
     listed: Mapping[str, list[Input]], known: Mapping[str, WorkUnit], added: list[WorkUnit], held: set[str]
 ) -> Plan:
     units = dict(known) | {unit.id: unit for unit in added}
-    replaced = {unit.replaces for unit in units.values()}
+    replaced = {name for unit in units.values() for name in unit.replaces}
     wanted = [unit for name, unit in units.items() if unit.source in listed and name not in replaced]
     now = {name: {(item.uri, item.etag): item for item in inputs} for name, inputs in listed.items()}
     pending = [_located(unit, now[unit.source]) for unit in wanted if unit.id not in held]
-    retired = {unit.id: [name for name in _ancestors(unit, units) if name in held] for unit in pending}
-    return Plan(pending=pending, retired={k: v for k, v in retired.items() if v}, done=len(wanted) - len(pending))
+    return Plan(pending=pending, done=len(wanted) - len(pending))
 
 
 def _located(unit: WorkUnit, now: Mapping[tuple[str, str], Input]) -> WorkUnit:
@@ -219,30 +262,22 @@ def _located(unit: WorkUnit, now: Mapping[tuple[str, str], Input]) -> WorkUnit:
     return replace(unit, slices=slices)
 
 
-def _ancestors(unit: WorkUnit, units: Mapping[str, WorkUnit]) -> Iterator[str]:
-    """What a unit replaces, and what that replaced, back to the first: the middle ones may never have been done."""
-    while unit.replaces:
-        yield unit.replaces
-        unit = units[unit.replaces]
-
-
-def _unknown_inputs(
-    source: str, inputs: Iterable[Input], current: Iterable[WorkUnit], settings: UnitSettings
+def _grouped(
+    source: str, inputs: Iterable[Input], settings: UnitSettings, *, replaces: tuple[str, ...] = ()
 ) -> list[WorkUnit]:
-    seen = {piece.input.uri for unit in current for piece in unit.slices}
+    """Units of bounded size over the inputs, in their order."""
     units: list[WorkUnit] = []
     group: list[Slice] = []
-    for item in inputs:
-        if item.uri in seen:
-            continue
-        for piece in _slices(item, settings.bytes):
-            full = sum(p.stop - p.start for p in group) + piece.stop - piece.start > settings.bytes
-            if group and (full or len(group) >= settings.inputs):
-                units.append(WorkUnit(source=source, slices=tuple(group)))
-                group = []
-            group.append(piece)
+    size = 0
+    for piece in (piece for item in inputs for piece in _slices(item, settings.bytes)):
+        more = piece.stop - piece.start
+        if group and (size + more > settings.bytes or len(group) >= settings.inputs):
+            units.append(WorkUnit(source=source, slices=tuple(group), replaces=replaces))
+            group, size = [], 0
+        group.append(piece)
+        size += more
     if group:
-        units.append(WorkUnit(source=source, slices=tuple(group)))
+        units.append(WorkUnit(source=source, slices=tuple(group), replaces=replaces))
     return units
 
 
@@ -252,24 +287,6 @@ def _slices(item: Input, most: int) -> Iterator[Slice]:
         return
     for start in range(0, item.size, most):
         yield Slice(input=item, start=start, stop=min(start + most, item.size))
-
-
-def _changed_units(inputs: Iterable[Input], current: Iterable[WorkUnit]) -> list[WorkUnit]:
-    """For each current unit with a changed input: the same slices of what lies there now."""
-    now = {item.uri: item for item in inputs}
-    units: list[WorkUnit] = []
-    for unit in current:
-        slices = tuple(_now(piece, now.get(piece.input.uri, piece.input)) for piece in unit.slices)
-        if any(new.input.etag != old.input.etag for new, old in zip(slices, unit.slices, strict=True)):
-            units.append(WorkUnit(source=unit.source, slices=slices, replaces=unit.id))
-    return units
-
-
-def _now(piece: Slice, item: Input) -> Slice:
-    """The slice in the input's present state; the last one follows the end of a file that grew or shrank."""
-    last = piece.stop == piece.input.size
-    stop = item.size if last else min(piece.stop, item.size)
-    return Slice(input=item, start=min(piece.start, item.size), stop=stop)
 
 
 def _unit(rows: list[dict[str, object]]) -> WorkUnit:
@@ -287,4 +304,4 @@ def _unit(rows: list[dict[str, object]]) -> WorkUnit:
         )
         for row in rows
     ]
-    return WorkUnit(source=str(rows[0]["source"]), slices=tuple(slices), replaces=str(rows[0]["replaces"]))
+    return WorkUnit(source=str(rows[0]["source"]), slices=tuple(slices), replaces=tuple(rows[0]["replaces"]))  # type: ignore[arg-type]

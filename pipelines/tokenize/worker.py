@@ -6,7 +6,6 @@ depends on the unit and the recipe alone, and memory is bounded by a window of d
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -62,20 +61,21 @@ class UnitWorker:
 
     def rows(self, unit: WorkUnit) -> Iterator[Row | Reject]:
         """The rows of a unit and what had to be rejected, in the order of the corpus."""
+        seen: set[str] = set()
         for window in _windows(self._sources[unit.source].read(unit.slices)):
-            yield from self._tokenize(window)
+            for result in self._tokenize(window):
+                if isinstance(result, Row):
+                    if result.row_id in seen:
+                        yield _twice(result)
+                        continue
+                    seen.add(result.row_id)
+                yield result
 
     def _tokenize(self, window: list[Document | Reject]) -> Iterator[Row | Reject]:
         prepared = [self._prepare(item) if isinstance(item, Document) else item for item in window]
         rows = self._encode([item for item in prepared if isinstance(item, _Prepared)])
         for item in prepared:
             yield item if isinstance(item, Reject) else next(rows)
-
-    def sample(self, unit: WorkUnit, count: int) -> list[tuple[Row | Reject, int]]:
-        """The first `count` results of a unit, each with the raw bytes it was made from; nothing is written."""
-        items = list(itertools.islice(self._sources[unit.source].read(unit.slices), count))
-        sizes = [_size(item) if isinstance(item, Document) else 0 for item in items]
-        return list(zip(self._tokenize(items), sizes, strict=True))
 
     def _prepare(self, document: Document) -> _Prepared | Reject:
         spans: list[tuple[Modality, str | np.ndarray, str]] = []
@@ -124,7 +124,7 @@ class UnitWorker:
             for start in range(0, len(waveform), size):
                 yield span.modality, waveform[start : start + size], span.uri
 
-    def _encode(self, documents: list[_Prepared]) -> Iterator[Row]:
+    def _encode(self, documents: list[_Prepared]) -> Iterator[Row | Reject]:
         """Encode a window, each modality in one call, and lay each document out."""
         codes: dict[Modality, Iterator[np.ndarray]] = {
             Modality.TEXT: iter(self.tokenizers.text.encode(_payloads(documents, Modality.TEXT)))
@@ -137,13 +137,32 @@ class UnitWorker:
             spans = [
                 EncodedSpan(modality=modality, codes=next(codes[modality]), uri=uri) for modality, _, uri in item.spans
             ]
+            # A normalizer may leave nothing of a text, such as one of zero-width spaces.
+            spans = [span for span in spans if span.codes.size]
             document = item.document
+            if not spans:
+                yield Reject(
+                    source=document.source,
+                    position=document.position,
+                    reason="text: empty",
+                    error=f"{document.source}: the text tokenizer makes no piece of this text; remove the document",
+                )
+                continue
             yield Row(
                 row_id=document.row_id,
                 content_hash=document.content_hash,
                 source=document.source,
                 sequence=interleave(self.vocabulary, spans),
             )
+
+
+def _twice(row: Row) -> Reject:
+    return Reject(
+        source=row.source,
+        position=0,
+        reason="row id: twice",
+        error=f"{row.source}: a document with this identity came before it; give each record an id of its own",
+    )
 
 
 def _payloads(documents: Iterable[_Prepared], modality: Modality) -> list:  # type: ignore[type-arg]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import AttentionBackendError, PackedBatch, UnifiedTransformer
-from model.attention import BACKENDS, AttentionPlan, attend, plan_attention, select_backend
+from model.attention import BACKENDS, AttentionPlan, Backend, attend, plan_attention, select_backend
 from tests.model.cases import random_rows, tiny_config
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -16,12 +16,37 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 def test_the_running_backend_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     model = UnifiedTransformer(tiny_config())
-    assert model.attention_backend == "sdpa"
+    assert model.attention_backend is None, "nothing has run"
     batch = PackedBatch.from_sequences(random_rows([[9]]))
     with caplog.at_level(logging.INFO, logger="model"):
         model.loss(batch)
         model.loss(batch)
     assert [record.getMessage() for record in caplog.records] == ["attention backend: sdpa"]
+    assert model.attention_backend == "sdpa"
+
+
+@pytest.mark.parametrize("choice", ["auto", "flash_attn"])
+def test_the_backend_to_come_follows_the_compute_type_rather_than_the_weights(
+    choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_bf16 = Backend(
+        lambda device, dtype, head_size: None if dtype == torch.bfloat16 else f"it computes in bfloat16, not {dtype}",
+        BACKENDS["sdpa"].attend,
+        packed=False,
+    )
+    monkeypatch.setitem(BACKENDS, "flash_attn", in_bf16)
+    model, cpu = UnifiedTransformer(tiny_config(attention_backend=choice)), torch.device("cpu")
+    assert model.modality_embedding.weight.dtype == torch.float32
+    assert model.attention_backend is None
+    assert model.attention_backend_for(cpu, torch.bfloat16) == "flash_attn"
+    if choice == "auto":
+        assert model.attention_backend_for(cpu, torch.float32) == "sdpa"
+    else:
+        with pytest.raises(AttentionBackendError, match="attention_backend is 'flash_attn', but it computes in bf"):
+            model.attention_backend_for(cpu, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.loss(PackedBatch.from_sequences(random_rows([[9]])))
+    assert model.attention_backend == "flash_attn"
 
 
 @pytest.mark.parametrize("name", ["flash_attn", "varlen"])

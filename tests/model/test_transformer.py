@@ -199,6 +199,22 @@ def test_blocks_compile_without_a_graph_break_and_without_compiling_again() -> N
     torch._dynamo.reset()
 
 
+def test_the_whole_model_compiles_without_a_graph_break() -> None:
+    model = UnifiedTransformer(tiny_config(), seed=0)
+    batch = PackedBatch.from_sequences(random_rows([[9, 7]]))
+    expected = model(batch.token_ids, batch.modality_ids), model.loss(batch).total
+    torch._dynamo.reset()
+    for ran_before in (True, False):
+        if not ran_before:
+            model = UnifiedTransformer(tiny_config(), seed=0)
+        whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+        loss = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(whole(batch.token_ids, batch.modality_ids), expected[0])
+        torch.testing.assert_close(loss(batch).total, expected[1])
+        assert model.attention_backend == "sdpa"
+    torch._dynamo.reset()
+
+
 def test_dropout_acts_in_training_alone() -> None:
     model = UnifiedTransformer(tiny_config(dropout=0.5))
     batch = PackedBatch.from_sequences(random_rows([[20]]))
@@ -223,6 +239,37 @@ def test_ids_out_of_range_are_named_with_their_place() -> None:
     ids[1, 2] = -1
     with pytest.raises(TokenError, match=r"token_ids\[1, 2\] is -1"):
         model(ids, kinds)
+
+
+def test_ids_may_have_any_integer_type() -> None:
+    model = UnifiedTransformer(tiny_config(), seed=0)
+    ids, kinds = torch.arange(12).view(2, 6), torch.tensor([[0, 1, 2] * 2] * 2)
+    expected = model.hidden_states(ids, kinds)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32):
+        assert torch.equal(model.hidden_states(ids.to(dtype), kinds.to(dtype)), expected), dtype
+        with pytest.raises(TokenError, match=r"token_ids\[0, 5\] is 99: audio ids lie in"):
+            model(torch.full_like(ids, 99).where(ids == 5, ids % 12).to(dtype), kinds.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "modality_ids", "message"),
+    [
+        (torch.ones(2, 6).long(), torch.ones(2, 5).long(), r"token_ids is \(2, 6\) and modality_ids \(2, 5\): both"),
+        (torch.ones(2, 6).long(), torch.ones(1, 6).long(), r"modality_ids \(1, 6\): both must be \[B, T\]"),
+        (torch.ones(6).long(), torch.ones(6).long(), r"token_ids is \(6,\) and modality_ids \(6,\): both must be"),
+        (torch.ones(2, 6), torch.ones(2, 6).long(), "token_ids is float32: ids are integers; convert it"),
+        (torch.ones(2, 6).long(), torch.ones(2, 6).half(), "modality_ids is float16: ids are integers"),
+        (torch.ones(2, 6).bool(), torch.ones(2, 6).long(), "token_ids is bool: ids are integers"),
+    ],
+)
+def test_ids_of_a_wrong_shape_or_type_are_refused(
+    token_ids: torch.Tensor, modality_ids: torch.Tensor, message: str
+) -> None:
+    model = UnifiedTransformer(tiny_config())
+    with pytest.raises(TokenError, match=message):
+        model(token_ids, modality_ids)
+    with pytest.raises(TokenError, match=message):
+        model.hidden_states(token_ids.to("meta"), modality_ids.to("meta"))
 
 
 def test_a_row_longer_than_the_model_is_refused() -> None:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pipelines.shards.dataset import Dataset, DatasetError
 from pipelines.shards.digest import dataset_hash
 from pipelines.shards.split import is_validation
 from pipelines.shards.statistics import Statistics, length_bin, quantile
+from pipelines.shards.writer import WrittenShard
 from tests.pipelines.corpora import VOCABULARY, make_dataset, random_row, write_unit
 
 
@@ -67,10 +69,35 @@ def test_a_replaced_unit_leaves_in_the_commit_that_brings_its_successor(tmp_path
     dataset = make_dataset(tmp_path / "d", units=2)
     shard = write_unit(dataset, "u0new", [random_row("n", np.random.default_rng(1))])
     before = dataset.version
-    dataset.commit([shard], retired=["u0"])
+    ancestors = {"u0new": {"u0"}}
+
+    def replaced(units: Collection[str]) -> set[str]:
+        return set().union(*(ancestors.get(unit, set()) for unit in units))
+
+    late = write_unit(dataset, "u0", [random_row("late", np.random.default_rng(2))])
+    dataset.commit([shard], ancestors=replaced)
     assert dataset.version == before + 1
     assert [s.unit for s in dataset.shards()] == ["u0new", "u1"]
     assert dataset.statistics().documents == 8
+    # A slower job still had the earlier state at work: it comes too late.
+    assert dataset.commit([late], ancestors=replaced) == []
+
+
+def test_statistics_are_those_of_their_version_when_commits_interleave(tmp_path: Path) -> None:
+    one = make_dataset(tmp_path / "d", units=1)
+    rng = np.random.default_rng(5)
+    other = Dataset.open(tmp_path / "d")
+    roll_up = other._roll_up
+
+    def after_another_commit(version: int, new: Collection[WrittenShard], *, whole: bool) -> None:
+        for unit in ("v1", "v2"):
+            one.commit([write_unit(one, unit, [random_row(f"{unit}{i}", rng) for i in range(9)])])
+        roll_up(version, new, whole=whole)
+
+    other._roll_up = after_another_commit  # type: ignore[method-assign]
+    other.commit([write_unit(other, "w", [random_row(f"w{i}", rng) for i in range(2)])])
+    for version, documents in {1: 7, 2: 9, 3: 18, 4: 27}.items():
+        assert Dataset.open(tmp_path / "d", version).statistics().documents == documents
 
 
 def test_the_hash_ignores_how_rows_were_cut_and_sees_every_row(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,6 +226,8 @@ def test_a_special_token_in_a_prompt_is_refused(generator: Generator, token: str
         ({"samples": 0}, "samples is 0"),
         ({"rows": 65}, "rows is 65: an image has 1 to 64"),
         ({"seconds": 0.0}, "seconds is 0"),
+        ({"seconds": float("inf")}, "seconds is inf: give a finite length above 0"),
+        ({"seconds": float("nan")}, "seconds is nan"),
         ({"sampling": {"imge": Sampling()}}, "sampling: 'imge' is no modality; did you mean image"),
     ],
 )
@@ -357,6 +360,33 @@ def test_a_damaged_or_incomplete_checkpoint_is_refused(checkpoint: Path, folder:
         generate(copy)
     with pytest.raises(CheckpointError, match="no exported model here"):
         generate(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("device", ["foo", "", "meta", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused_with_the_remedy(checkpoint: Path, device: str) -> None:
+    with pytest.raises(GenerateError, match=rf"device is '{device}': .*; (use|choose) cpu"):
+        generate(checkpoint, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu_is_refused_before_the_checkpoint_is_read(tmp_path: Path) -> None:
+    with pytest.raises(GenerateError, match=r"device is 'cuda': torch .* sees no such device here; use cpu"):
+        Generator.load(tmp_path / "nowhere", device="cuda")
+
+
+def test_prompts_that_begin_alike_do_not_overwrite_each_other(generator: Generator, tmp_path: Path) -> None:
+    prompts = ["the quick brown fox jumps over the lazy dogs and " + end for end in ("sleeps", "runs")]
+    request = Request(want="image")
+    names = [
+        file.name
+        for prompt in [*prompts, prompts[0], "fox"]
+        for sample in write(generator.generate([prompt], request), tmp_path, generator.settings(request))
+        for file in sample.files
+    ]
+    assert all(re.fullmatch(r"the-quick-brown-fox-jumps-over-the-lazy-[0-9a-f]{8}-seed0-0\.png", n) for n in names[:3])
+    assert names[0] == names[2] != names[1]
+    assert names[3] == "fox-seed0-0.png", "nothing was cut"
+    assert len(list(tmp_path.iterdir())) == 2 * 3
 
 
 def test_writing_needs_no_checkpoint(generator: Generator, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from pipelines.interleave import EncodedSpan, interleave
 from pipelines.pretrain.checkpoint import CheckpointError, list_checkpoints
 from pipelines.pretrain.export import load_model
 from pipelines.pretrain.loop import run
-from pipelines.pretrain.metrics import read_metrics
+from pipelines.pretrain.metrics import drop_after, read_metrics
 from pipelines.pretrain.recipe import PretrainRecipe
 from pipelines.pretrain.run import RunError, RunResult
 from pipelines.recipe import dump_recipe
@@ -107,6 +107,84 @@ def test_a_finished_run_is_left_alone(dataset: Dataset, finished: RunResult) -> 
     assert {p: p.stat().st_mtime_ns for p in finished.folder.rglob("*")} == before
 
 
+def test_a_finished_run_whose_model_is_gone_exports_it_again(
+    dataset: Dataset, finished: RunResult, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    shutil.rmtree(folder / "model")
+    again = _run(_recipe(dataset, folder))
+    assert (again.resumed_from, again.already_finished) == (12, False)
+    assert again.validation == finished.validation
+    assert torch_weights(folder) == torch_weights(finished.folder)
+    shutil.rmtree(folder / "model")
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(RunError, match="its model is gone and no checkpoint is left"):
+        _run(_recipe(dataset, folder))
+    assert _losses(folder) == _losses(finished.folder)
+
+
+def test_what_decides_nothing_may_change_between_calls(
+    dataset: Dataset, finished: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(dataset.uri).parent)
+    recipe = _recipe(
+        Path(Path(dataset.uri).name),
+        finished.folder,
+        threads=2,
+        logging={"every": 7, "tensorboard": True},
+        checkpoints={"every": 3, "keep": 1},
+        validation={"every": 5},
+    )
+    assert _run(recipe).already_finished
+
+
+@pytest.mark.parametrize("end", ["finished", "unfinished"])
+def test_another_length_is_refused_saying_what_to_do(
+    dataset: Dataset, finished: RunResult, tmp_path: Path, end: str
+) -> None:
+    folder = finished.folder if end == "finished" else _unfinished(finished, tmp_path)
+    with pytest.raises(RunError, match=rf"steps: 12 there, 20 here\n.*new folder, or delete the folder {folder}"):
+        _run(_recipe(dataset, folder, steps=20))
+
+
+def test_a_run_that_never_saved_gives_its_folder_to_a_corrected_recipe(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a number"):
+        _run(_recipe(dataset, tmp_path / "run", optimizer={"learning_rate": 1e30}, gradient_clip=1e30))
+    assert _run(_recipe(dataset, tmp_path / "run", steps=3)).steps == 3
+    assert "learning_rate: 0.003" in (tmp_path / "run" / "recipe.yaml").read_text()
+
+
+def test_an_output_that_is_a_file_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("x")
+    for output in (tmp_path / "notes", tmp_path / "notes" / "run"):
+        with pytest.raises(RunError, match=rf"{tmp_path / 'notes'}: a file, where `output` = {output} needs a folder"):
+            _run(_recipe(dataset, output))
+
+
+def test_a_truncated_end_of_a_run_is_named_with_its_remedy(
+    dataset: Dataset, finished: RunResult, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    end = folder / "finished.json"
+    end.write_bytes(end.read_bytes()[:20])
+    with pytest.raises(RunError, match=f"{end} is damaged; delete it"):
+        _run(_recipe(dataset, folder))
+    end.unlink()
+    assert _run(_recipe(dataset, folder)).validation == finished.validation
+
+
+@pytest.mark.parametrize("broken", [b'{"kind": "train", "st\n', b"\xff\xfe\n", b"[1]\n", b"\n"])
+def test_a_broken_metrics_line_is_named_and_nothing_is_dropped(tmp_path: Path, broken: bytes) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    content = b'{"kind": "train", "step": 1}\n' + broken + b'{"kind": "train", "step": 2}\n'
+    metrics.write_bytes(content)
+    with pytest.raises(RunError, match=rf"{metrics}:2: damaged.*delete that line"):
+        drop_after(metrics, 1)
+    with pytest.raises(RunError, match=rf"{metrics}:2: damaged"):
+        read_metrics(metrics, "train")
+    assert metrics.read_bytes() == content
+
+
 def test_another_recipe_in_the_folder_is_refused_naming_what_differs(dataset: Dataset, finished: RunResult) -> None:
     with pytest.raises(RunError, match=r"optimizer.learning_rate: 0.003 there, 0.1 here"):
         _run(_recipe(dataset, finished.folder, optimizer={"learning_rate": 0.1}))
@@ -153,6 +231,27 @@ def test_a_killed_run_goes_on_bit_for_bit(dataset: Dataset, finished: RunResult,
     assert went_on.validation == finished.validation
     ours, theirs = (torch_weights(folder) for folder in (went_on.folder, finished.folder))
     assert ours == theirs
+
+
+def test_a_second_process_in_the_same_folder_is_refused_and_disturbs_nothing(
+    dataset: Dataset, finished: RunResult, tmp_path: Path
+) -> None:
+    folder = _unfinished(finished, tmp_path)
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(RunError, match=rf"{folder}: another process is training here; wait for it, or set"):
+            _run(_recipe(dataset, folder))
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert _run(_recipe(dataset, folder)).resumed_from == 12
 
 
 def torch_weights(folder: Path) -> dict[str, list[Any]]:
@@ -288,10 +387,10 @@ def test_without_validation_documents_there_is_no_validation(tmp_path: Path) -> 
     rng = np.random.default_rng(0)
     dataset = Dataset.create(tmp_path / "d", VOCABULARY, validation_share=0)
     dataset.commit([write_unit(dataset, "u", [_row(str(i), rng) for i in range(20)])])
-    result = _run(_recipe(dataset, tmp_path / "run", steps=2))
+    result = _run(_recipe(dataset, tmp_path / "run", steps=3))
     assert result.validation is None
     assert result.baseline is None
-    assert _run(_recipe(dataset, tmp_path / "run", steps=2)).already_finished
+    assert _run(_recipe(dataset, tmp_path / "run", steps=3)).already_finished
 
 
 def test_a_run_keeps_to_the_version_it_began_with(tmp_path: Path) -> None:
@@ -316,7 +415,10 @@ def _unfinished(finished: RunResult, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("fault", ["truncated", "flipped", "missing", "no record", "bad record", "foreign", "newer"])
+@pytest.mark.parametrize(
+    "fault",
+    ["truncated", "flipped", "missing", "no record", "bad record", "edited", "renamed", "foreign", "newer"],
+)
 def test_a_damaged_checkpoint_is_refused_naming_file_and_remedy(
     dataset: Dataset, finished: RunResult, tmp_path: Path, fault: str
 ) -> None:
@@ -324,27 +426,34 @@ def test_a_damaged_checkpoint_is_refused_naming_file_and_remedy(
     checkpoint = folder / "checkpoints" / "step-00000012"
     data = next((checkpoint / "state").glob("*.distcp"))
     record = checkpoint / "checkpoint.json"
+    remedy = f"; delete the folder {checkpoint}, and the run goes on from the checkpoint before it"
     match fault:
         case "truncated":
             data.write_bytes(data.read_bytes()[:-100])
-            expected = f"{data} is damaged or truncated.*delete the folder {checkpoint}"
+            expected = f"{data} is damaged or truncated.*{remedy}"
         case "flipped":
             content = bytearray((checkpoint / "state" / ".metadata").read_bytes())
             content[len(content) // 2] ^= 1
             (checkpoint / "state" / ".metadata").write_bytes(bytes(content))
-            expected = r"\.metadata is damaged.*goes on from the checkpoint before it"
+            expected = rf"\.metadata is damaged.*{remedy}"
         case "missing":
             data.unlink()
-            expected = f"{data} is missing; delete"
+            expected = f"{data} is missing{remedy}"
         case "no record":
             record.unlink()
-            expected = f"{record} is missing, so .* is no Braid checkpoint"
+            expected = f"{record} is missing, so .* is no Braid checkpoint{remedy}"
         case "bad record":
             record.write_bytes(record.read_bytes()[:200])
-            expected = f"{record} is damaged or not Braid's"
+            expected = f"{record} is damaged or not Braid's{remedy}"
+        case "edited":
+            record.write_bytes(record.read_bytes().replace(b'"learning_rate": 0.003', b'"learning_rate": 0.004'))
+            expected = f"{record} is damaged: its sha256 is not the one that it names{remedy}"
+        case "renamed":
+            checkpoint.rename(checkpoint := checkpoint.with_name("step-00000013"))
+            expected = "step-00000013/checkpoint.json is of step 12, unlike the name of its folder; delete"
         case "foreign":
             record.write_text(json.dumps({"global_step": 3}))
-            expected = f"{record} is damaged or not Braid's"
+            expected = f"{record} is damaged or not Braid's{remedy}"
         case _:
             record.write_text(json.dumps(json.loads(record.read_text()) | {"format_version": 99}))
             expected = "written in format 99, this Braid reads 1; update Braid"
@@ -354,6 +463,17 @@ def test_a_damaged_checkpoint_is_refused_naming_file_and_remedy(
         shutil.rmtree(checkpoint)
         assert _run(_recipe(dataset, folder)).resumed_from == 8
         assert _losses(folder) == _losses(finished.folder)
+
+
+def test_without_another_checkpoint_a_damaged_one_means_to_start_over(
+    dataset: Dataset, finished: RunResult, tmp_path: Path
+) -> None:
+    folder = _unfinished(finished, tmp_path)
+    shutil.rmtree(folder / "checkpoints" / "step-00000008")
+    checkpoint = folder / "checkpoints" / "step-00000012"
+    (checkpoint / "state" / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=f"missing; delete the folder {checkpoint}, and the run starts over"):
+        _run(_recipe(dataset, folder))
 
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(finished: RunResult, tmp_path: Path) -> None:
@@ -397,9 +517,10 @@ def test_tensorboard_holds_the_curves(dataset: Dataset, tmp_path: Path) -> None:
 
 def test_the_screen_tells_the_progress(dataset: Dataset, tmp_path: Path) -> None:
     with (tmp_path / "screen").open("w") as screen:
-        run(_recipe(dataset, tmp_path / "run", steps=4), Console(file=screen))
+        run(_recipe(dataset, tmp_path / "a [/b] :cat: run", steps=4), Console(file=screen))
     said = (tmp_path / "screen").read_text()
-    assert "4 steps of 384 tokens" in said
+    assert f"4 steps of 384 tokens, in {tmp_path}/a [/b] :cat: run" in said
+    assert "fp32 on cpu, attention by sdpa" in said
     assert "step 4/4  text" in said
     assert "validation at step 4: text" in said
     assert "(unigram" in said

@@ -43,6 +43,12 @@ def test_every_fault_of_a_recipe_is_named_at_once(tmp_path: Path) -> None:
         ("model: {hidden_size: 10, num_attention_heads: 3}\nsteps: 5", "does not divide hidden_size"),
         ("loss_weights: {text: 0, image: 0, audio: 0}\nsteps: 5", "all weights are 0"),
         ("batch: {sequences: 10, micro_batch: 4}\nsteps: 5", "must be a multiple of batch.micro_batch = 4"),
+        ("schedule: {warmup_steps: 5}\nsteps: 5", "schedule.warmup_steps is 5 and the run has 5 steps"),
+        (
+            "schedule: {kind: wsd, warmup_steps: 3, decay_steps: 8}\nsteps: 10",
+            "schedule.warmup_steps is 3 and schedule.decay_steps 8: they must fit into the 10 steps",
+        ),
+        ("optimizer: {learning_rate: .inf}\nsteps: 5", "optimizer.learning_rate = inf"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, text: str, fault: str) -> None:
@@ -84,6 +90,18 @@ def test_the_learning_rate_warms_up_and_reaches_the_minimum_with_the_last_step()
     assert factors[19:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
     short = [learning_rate_factor(ScheduleSettings(warmup_steps=9), step, 3) for step in range(3)]
     assert short == pytest.approx([1 / 9, 2 / 9, 3 / 9])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 0), (20, 2), (999, 99), (5000, 100)])
+def test_a_schedule_left_to_itself_fits_every_run(tmp_path: Path, kind: str, steps: int, warmup: int) -> None:
+    recipe = _read(tmp_path, f"output: o\ndata: {{dataset: d}}\nschedule: {{kind: {kind}}}\nsteps: {steps}\n")
+    assert recipe.schedule.warmup(steps) == warmup
+    assert learning_rate_factor(recipe.schedule, steps - 1, steps) == pytest.approx(0.1)
+
+
+def test_the_shipped_recipe_may_be_cut_to_twenty_steps() -> None:
+    assert read_recipe(PretrainRecipe, "pretrain/demo", ["steps=20"]).total_steps == 20
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -77,6 +77,21 @@ def test_what_is_not_yaml_or_not_there_says_so(tmp_path: Path) -> None:
         _read(tmp_path, "- a\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\x07b\n", "not YAML"),
+        ("name: !foo 3\n", "r.yaml:1: name = '3': could not determine a constructor"),
+        ("name: a\nshare: 2024-99-99\n", "r.yaml:2: share = '2024-99-99': month must be in 1..12"),
+        ("name: &a [*a]\n", "nested over 50 levels deep, or in itself"),
+    ],
+)
+def test_odd_yaml_is_a_fault_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        _read(tmp_path, text)
+    assert message in str(caught.value)
+
+
 def test_a_dumped_recipe_reads_back_equal(tmp_path: Path) -> None:
     recipe = _read(tmp_path, "name: ä\nsources:\n- {reader: lines, file: y}\n")
     assert _read(tmp_path, dump_recipe(recipe)) == recipe

@@ -16,23 +16,30 @@ from pipelines.recipe import RecipeError, read_recipe
 from pipelines.sequence import VocabularyError, parse
 from pipelines.shards.dataset import Dataset
 from pipelines.shards.digest import dataset_hash
+from pipelines.shards.verify import verify
 from pipelines.show import show
 from pipelines.tokenize.estimate import estimate
-from pipelines.tokenize.job import JobError, open_or_create, tokenize
+from pipelines.tokenize.job import Finished, JobError, open_or_create, tokenize
 from pipelines.tokenize.recipe import TokenizeRecipe
-from pipelines.tokenize.units import plan
+from pipelines.tokenize.units import Ledger, Plan, plan
 from pipelines.tokenize.worker import UnitWorker
 from tests.pipelines.tiny import image_tokenizer, tiny_recipe, write_corpus, write_recipe, write_stamp
 
 
 def run_units(recipe: TokenizeRecipe) -> Dataset:
-    """The job without Ray: the same plan, work and commits, in this process."""
+    """The job without Ray: the same plan, work and commit, in this process."""
     worker = UnitWorker(recipe)
     dataset = open_or_create(recipe, worker.vocabulary)
-    work = plan(dataset, recipe.sources, recipe.units)
-    for unit in work.pending:
-        dataset.commit([worker.run(unit)], retired=work.retired.get(unit.id, []))
+    ledger = Ledger(dataset.storage)
+    work = plan(dataset, ledger, recipe.sources, recipe.units)
+    dataset.commit([worker.run(unit) for unit in work.pending], ancestors=ledger.ancestors)
     return dataset
+
+
+def make_plan(recipe: TokenizeRecipe) -> Plan:
+    """Only the plan, as of a job that died right after it."""
+    dataset = open_or_create(recipe, UnitWorker(recipe).vocabulary)
+    return plan(dataset, Ledger(dataset.storage), recipe.sources, recipe.units)
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +125,7 @@ def test_a_changed_file_replaces_its_rows_in_one_version(tmp_path: Path) -> None
     caption = tmp_path / "stamps" / "s003.txt"
     caption.write_text("the cat s003 is new now")
     # And again before the change was worked off: the unit in between is never done.
-    worker = UnitWorker(recipe)
-    plan(open_or_create(recipe, worker.vocabulary), recipe.sources, recipe.units)
+    make_plan(recipe)
     caption.write_text("the cat s003 is newer still")
     second = run_units(recipe)
     assert second.version == first.version + 1
@@ -130,7 +136,7 @@ def test_a_changed_file_replaces_its_rows_in_one_version(tmp_path: Path) -> None
 
 def test_a_corpus_that_moved_while_units_were_pending_is_found(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
-    plan(open_or_create(recipe, UnitWorker(recipe).vocabulary), recipe.sources, recipe.units)
+    make_plan(recipe)
     (tmp_path / "stamps").rename(tmp_path / "moved")
     sources = [recipe.sources[0].model_copy(update={"path": str(tmp_path / "moved")}), recipe.sources[1]]
     dataset = run_units(recipe.model_copy(update={"sources": sources}))
@@ -139,9 +145,112 @@ def test_a_corpus_that_moved_while_units_were_pending_is_found(tmp_path: Path) -
 
 def test_a_lost_ledger_is_made_again_from_the_shards(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
+    run_units(recipe)
+    caption = tmp_path / "stamps" / "s003.txt"
+    caption.write_text("the cat s003 is new now")
     version = run_units(recipe).version
     shutil.rmtree(Path(recipe.dataset) / "inputs")
     assert run_units(recipe).version == version
+    shutil.rmtree(Path(recipe.dataset) / "inputs")
+    caption.write_text("and the cat is new once more")
+    assert _like_fresh(recipe, tmp_path)
+
+
+def _like_fresh(recipe: TokenizeRecipe, folder: Path) -> bool:
+    """Whether the dataset, brought up to date, equals one made from nothing."""
+    fresh = folder / "fresh"
+    shutil.rmtree(fresh, ignore_errors=True)
+    dataset = run_units(recipe)
+    assert list(verify(dataset)) == []
+    return dataset_hash(dataset) == dataset_hash(run_units(recipe.model_copy(update={"dataset": str(fresh)})))
+
+
+def test_a_file_of_lines_may_shrink_and_grow_and_grow_again(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    lines = tmp_path / "lines.jsonl"
+    whole = lines.read_bytes()
+    for content in (whole, whole[: whole.index(b"\n", 300) + 1], whole, whole * 3, b"", whole):
+        lines.write_bytes(content)
+        assert _like_fresh(recipe, tmp_path)
+        units = Ledger(Dataset.open(recipe.dataset).storage).units().values()
+        assert all(unit.size <= recipe.units.bytes for unit in units if unit.source == "lines")
+
+
+def test_of_two_jobs_that_saw_a_file_in_two_states_the_later_state_stays(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    run_units(recipe)
+    worker = UnitWorker(recipe)
+    jobs = []
+    for state in ("second", "third"):
+        (tmp_path / "stamps" / "s003.txt").write_text(f"the cat in its {state} state")
+        (unit,) = make_plan(recipe).pending
+        jobs.append(worker.run(unit))
+    for order in (jobs, jobs[::-1]):
+        copy = tmp_path / f"copy{order is jobs}"
+        shutil.copytree(recipe.dataset, copy)
+        for shard in order:
+            dataset = Dataset.open(copy)
+            dataset.commit([shard], ancestors=Ledger(dataset.storage).ancestors)
+        assert _like_fresh(recipe.model_copy(update={"dataset": str(copy)}), tmp_path)
+
+
+def test_all_that_replaces_the_same_units_is_committed_together(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    run_units(recipe)
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(reversed(lines.read_text().splitlines(keepends=True))))
+    work = make_plan(recipe)
+    assert len(work.pending) > 2
+    worker, finished = UnitWorker(recipe), Finished(work)
+    for unit in work.pending[:-1]:
+        finished.add(unit, worker.run(unit))
+        assert finished.take() == []
+    finished.add(work.pending[-1], worker.run(work.pending[-1]))
+    assert len(finished.take()) == len(work.pending)
+
+
+def test_a_deleted_file_leaves_with_the_unit_it_was_in(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "units.bytes=100000")
+    run_units(recipe)
+    for file in (tmp_path / "stamps").glob("s004.*"):
+        file.unlink()
+    assert run_units(recipe).statistics().documents == 42
+    (tmp_path / "stamps" / "s003.txt").write_text("a neighbour of the deleted one has changed")
+    dataset = run_units(recipe)
+    assert (dataset.statistics().documents, dataset.quarantined()) == (41, [])
+
+
+def test_records_of_one_identity_and_texts_of_nothing_go_to_quarantine(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "sources.1.id_field=id")
+    (tmp_path / "lines.jsonl").write_text(
+        '{"id": 1, "text": "the fox"}\n{"id": 1, "text": "the other fox"}\n{"id": 2, "text": "\\u200b"}\n'
+    )
+    dataset = run_units(recipe)
+    reasons = {row["source"]: row["reason"] for row in dataset.quarantined()}
+    assert reasons == {"lines/lines.jsonl#1": "row id: twice", "lines/lines.jsonl#2": "text: empty"}
+    assert dataset.statistics().documents == 13
+
+
+def test_a_reader_s_limits_may_be_raised_and_its_rows_not_be_changed(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    tokenize(recipe)
+    lines = recipe.sources[1]
+    raised = lines.model_copy(update={"max_line_mb": 7.0})
+    assert tokenize(recipe.model_copy(update={"sources": [recipe.sources[0], raised]})).units == 0
+    with pytest.raises(RecipeError, match="sources: lines: text_field = 'body', but this dataset has rows"):
+        tokenize(recipe.model_copy(update={"sources": [lines.model_copy(update={"text_field": "body"})]}))
+
+
+def test_tokenizers_named_by_relative_paths_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    text = recipe.tokenizers.text.model_copy(update={"model": "text.model"})
+    recipe = recipe.model_copy(update={"tokenizers": recipe.tokenizers.model_copy(update={"text": text})})
+    tokenize(recipe)
+    monkeypatch.chdir("/")
+    assert next(iter(show(Dataset.open(recipe.dataset), ["0"]))).spans
 
 
 def test_what_cannot_be_read_goes_to_quarantine_with_its_reason(tmp_path: Path) -> None:
@@ -170,6 +279,9 @@ def test_a_spent_error_budget_ends_the_job_and_keeps_what_is_done(tmp_path: Path
     ):
         tokenize(recipe)
     assert Dataset.open(recipe.dataset).statistics().documents == 36
+    # The budget is the dataset's: trying again does not make it larger.
+    with pytest.raises(JobError, match="6 of 42 documents"):
+        tokenize(recipe)
 
 
 def test_a_dataset_made_otherwise_is_refused_naming_what_differs(
