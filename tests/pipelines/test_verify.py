@@ -51,7 +51,7 @@ def test_a_missing_shard_and_another_vocabulary_are_named(tmp_path: Path) -> Non
     Path(dataset.shards()[0].path).unlink()
     (fault,) = verify(dataset)
     assert fault.shard == dataset.shards()[0].name
-    other = Dataset.create(tmp_path / "e", VOCABULARY.first_codebooks(1), validation_share=0.0)
+    other = Dataset.create(tmp_path / "e", replace(VOCABULARY, text_sha256="another"), validation_share=0.0)
     other.vocabulary = VOCABULARY
     shard = write_unit(other, "u", [random_row("r", np.random.default_rng(0))])
     other.commit([shard])
