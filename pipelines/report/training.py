@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from model import UnifiedTransformerConfig
+from pipelines.pretrain.metrics import read_metrics
 from pipelines.pretrain.recipe import PretrainRecipe
 from pipelines.pretrain.run import read_finished
 from pipelines.pretrain.validate import CrossEntropy
@@ -58,29 +59,25 @@ def read_run(folder: Path) -> Run:
     Raises:
         PageError: it holds no run.
         RecipeError: its recipe is not one of this Braid.
+        RunError: a line of its metrics is damaged.
     """
     recipe_file, metrics, model_file = folder / "recipe.yaml", folder / "metrics.jsonl", folder / "model/config.json"
     if not (recipe_file.exists() or metrics.exists()):
         raise PageError(f"{folder}: no run of Braid; name the folder that is `output` in the recipe of a run")
-    records = _records(metrics) if metrics.exists() else []
+    train, validations, baselines = (
+        read_metrics(metrics, kind) if metrics.exists() else [] for kind in ("train", "validation", "baseline")
+    )
+    baseline = CrossEntropy.from_json(baselines[-1]["loss"]) if baselines else None
     finished = read_finished(folder)
-    validations = [(r["step"], CrossEntropy.from_json(r["loss"])) for r in records if r["kind"] == "validation"]
-    baselines = [CrossEntropy.from_json(r["loss"]) for r in records if r["kind"] == "baseline"]
     return Run(
         folder=folder,
         recipe=read_recipe(PretrainRecipe, recipe_file) if recipe_file.exists() else None,
         model=UnifiedTransformerConfig.from_dict(json.loads(model_file.read_bytes())) if model_file.exists() else None,
         finished=finished is not None,
-        train=[r for r in records if r["kind"] == "train"],
-        validations=validations,
-        baseline=baselines[-1] if baselines else finished.baseline if finished else None,
+        train=train,
+        validations=[(r["step"], CrossEntropy.from_json(r["loss"])) for r in validations],
+        baseline=baseline or (finished.baseline if finished else None),
     )
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    # A run that goes on may be in the middle of its last line.
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def training_section(run: Run) -> Markup:
