@@ -43,7 +43,8 @@ def test_imports_follow_the_house_rules(path: Path) -> None:
 
 def test_nothing_imports_the_command_line() -> None:
     for path in FILES:
-        assert "pipelines.cli" not in _imported(path)
+        if path.parent.name != "cli":
+            assert not any(name.startswith("pipelines.cli") for name in _imported(path))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""The command `braid`; it only parses and calls. Heavy packages are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from pipelines.cli import datasets, tokenizers, training
+from pipelines.cli.options import err
+
+app = typer.Typer(
+    name="braid",
+    help="Raw text, images and audio to one token stream, and one transformer on it.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for group in (datasets.app, training.app):
+    app.add_typer(group)
+app.add_typer(datasets.quarantine_app, name="quarantine")
+app.add_typer(tokenizers.app, name="tokenizer")
+
+
+def main() -> None:
+    """Run the command; a fault that Braid itself found ends in one message, not in a traceback."""
+    try:
+        app()
+    except Exception as error:
+        # Braid's own errors are messages for the user. Anything else is a bug, and its traceback belongs on the screen.
+        if type(error).__module__.partition(".")[0] not in ("pipelines", "model", "slurm"):
+            raise
+        err.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        sys.exit(2 if type(error).__name__ == "RecipeError" else 1)
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))

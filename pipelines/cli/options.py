@@ -1,0 +1,17 @@
+"""What the commands share: the two consoles and the arguments that several of them take."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+out = Console()
+err = Console(stderr=True)
+
+Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that win over the file: a.b=value ...")]
+DatasetArgument = Annotated[str, typer.Argument(help="Folder or URI of a token dataset.")]
+Version = Annotated[int | None, typer.Option(min=0, help="A pinned version; the newest by default.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]

@@ -1,0 +1,89 @@
+"""Commands that train a model, let it speak and report on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.cli.options import Overrides, Recipe, Version, out
+
+app = typer.Typer()
+
+
+@app.command()
+def pretrain(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Train a model on a token dataset; the same command goes on after a stop, from the last checkpoint.
+
+    On several GPUs of one machine: torchrun --nproc-per-node N -m pipelines.cli pretrain RECIPE.
+    """
+    from pipelines.pretrain import main as run
+
+    result = run(recipe, overrides or [])
+    if result.already_finished:
+        out.print(f"{result.folder}: nothing to do, all {result.steps:,} steps are done.", markup=False, soft_wrap=True)
+    if result.validation and result.baseline:
+        from pipelines.report.losses import validation_table
+
+        out.print(validation_table(result.validation.items(), result.baseline.items()))
+    out.print(f"The model is in {result.model}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or the folder of an exported model.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
+    want: Annotated[list[str] | None, typer.Option(help="text, image or audio; may be given several times.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Where the files go.")] = Path("generated"),
+    image: Annotated[Path | None, typer.Option(help="A picture as prompt, after the text.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="A sound as prompt, after text and picture.")] = None,
+    samples: Annotated[int, typer.Option(help="Continuations to make.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
+    top_p: Annotated[float, typer.Option(help="Keep the fewest likeliest tokens that reach this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens at least this times as likely as the likeliest.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="The most pieces of a text.")] = 256,
+    seconds: Annotated[float | None, typer.Option(help="Length of a sound; the model's choice by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU by default, where there is one.")] = None,
+) -> None:
+    """Let a trained model write, draw and speak: .txt, .png and .wav files with their settings beside them."""
+    from pipelines.generate import Sampling
+    from pipelines.generate import generate as run
+    from pipelines.generate.progress import ProgressBar
+
+    with ProgressBar(out) as progress:
+        made = run(
+            checkpoint,
+            prompt=[item for item in (prompt, image, audio) if item],
+            want=want or ["text"],
+            out=folder,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+            samples=samples,
+            seed=seed,
+            max_tokens=max_tokens,
+            seconds=seconds,
+            device=device,
+            watcher=progress,
+        )
+    for sample in made:
+        for span, file in zip(sample.spans, sample.files, strict=True):
+            out.print(f"{file}  {span.describe()}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a pretraining run, finished or not.")],
+    dataset: Annotated[str | None, typer.Option(help="The token dataset, to show what went in.")] = None,
+    version: Version = None,
+    generated: Annotated[Path | None, typer.Option(help="Folder that `braid generate --out` wrote.")] = None,
+    page: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
+    row: Annotated[list[str] | None, typer.Option(help="A row of the dataset to show; some of all by default.")] = None,
+    title: Annotated[str | None, typer.Option(help="By default the run's name.")] = None,
+) -> None:
+    """Write one HTML page: what went in, how it learned, what came out."""
+    from pipelines.report.page import report as write
+
+    written = write(page, run=run, dataset=dataset, version=version, generated=generated, rows=row or 12, title=title)
+    out.print(f"Open {written}", markup=False, highlight=False, soft_wrap=True)
