@@ -1,7 +1,7 @@
 """What readers make: documents of raw spans, and what they could not read.
 
 Enters: nothing; these are the types between the readers and the tokenize job. Always holds: a document has at least one
-span, no text span is empty, and no two text spans follow one another.
+span, no text span is empty, and no two spans of plain text follow one another.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from pipelines.sequence import Modality
+from pipelines.sequence import Ids, Modality
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RawSpan:
-    """One piece of a document before its tokenizer: text, or the bytes of a media file as they lie on disk."""
+    """One piece of a document before its tokenizer: text, the bytes of a media file as they lie on disk, or codes."""
 
     modality: Modality
     text: str = ""
     data: bytes = b""
+    codes: Ids | None = None
+    """What another job has tokenized already: text int32 [pieces], image [rows, columns], audio [frames, K], without
+    offsets; None for what is still raw."""
     uri: str = ""
 
 
@@ -32,6 +35,8 @@ class Document:
     position: int
     """Index of the document among those of the same source identity."""
     spans: tuple[RawSpan, ...]
+    language: str = ""
+    """As the corpus tags it, such as `en` or `pt-BR`; empty where it does not."""
 
     @property
     def row_id(self) -> str:
@@ -41,7 +46,7 @@ class Document:
     @property
     def content_hash(self) -> str:
         """32 hexadecimal digits over the raw content alone, wherever it came from."""
-        return _digest(*(part for s in self.spans for part in (s.modality.label.encode(), s.text.encode(), s.data)))
+        return _digest(*(part for s in self.spans for part in (s.modality.label.encode(), s.text.encode(), _raw(s))))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +62,16 @@ class Reject:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Dropped:
+    """A document that is whole but not wanted: a filter of the recipe took it out. Counted by reason, kept nowhere."""
+
+    source: str
+    position: int
+    reason: str
+    """The filter, such as `max_aspect`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Input:
     """One thing that a reader lists: a file, or the files of one sample. The ledger remembers it by uri and etag."""
 
@@ -69,7 +84,8 @@ class Input:
     parts: tuple[str, ...]
     """The files to open, as paths that every worker can reach."""
     divisible: bool = False
-    """Whether a byte range of it can be read alone (lines); such inputs are split into several units."""
+    """Whether a byte range of it can be read alone; such inputs are split into several units. What belongs to a range is
+    what begins in it: the lines, row groups or samples whose first byte lies there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,14 +101,18 @@ def joined(spans: Iterable[RawSpan], separator: str = "\n") -> tuple[RawSpan, ..
     """The spans with empty texts dropped and neighbouring texts joined, as a document requires."""
     result: list[RawSpan] = []
     for span in spans:
-        if span.modality is Modality.TEXT:
+        if span.modality is Modality.TEXT and span.codes is None:
             if not span.text.strip():
                 continue
-            if result and result[-1].modality is Modality.TEXT:
+            if result and result[-1].modality is Modality.TEXT and result[-1].codes is None:
                 result[-1] = replace(result[-1], text=result[-1].text + separator + span.text)
                 continue
         result.append(span)
     return tuple(result)
+
+
+def _raw(span: RawSpan) -> bytes:
+    return span.data if span.codes is None else repr(span.codes.shape).encode() + span.codes.astype("<i4").tobytes()
 
 
 def _digest(*parts: bytes) -> str:

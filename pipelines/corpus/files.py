@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -35,6 +35,49 @@ class File:
         except UnicodeEncodeError:
             return Path(self.path).as_uri()
         return self.path
+
+    def stamp(self) -> tuple[int, str]:
+        """Bytes, and what changes with size or modification time; a file that cannot be read has a stamp too."""
+        try:
+            status = os.stat(self.path)  # noqa: PTH116 - a Path object per file doubles the time of a listing
+        except OSError as error:
+            return 0, f"unreadable {error.errno}"
+        return status.st_size, f"{status.st_size} {status.st_mtime_ns}"
+
+
+def find_files(
+    path: str, source: str, endings: Collection[str], *, glob: str = "**", key: Callable[[str], str] = str
+) -> Iterator[File]:
+    """The files that a source names: one file, all below a folder that end so and match the glob, or a glob's.
+
+    Args:
+        path: a file; a folder; or a glob, in which `**` crosses folders and which alone decides about endings.
+        endings: lower case, each with its dot.
+        key: order within a folder; see `files_below`.
+
+    Raises:
+        CorpusError: nothing there, or nothing that matches.
+    """
+    whole = Path(path).expanduser().absolute()
+    empty = True
+    if whole.is_file():
+        found: Iterable[File] = [File(printable(whole.name), str(whole))]
+    elif not whole.exists() and is_glob(path):
+        literal = next(i for i, part in enumerate(whole.parts) if is_glob(part))
+        root = existing_folder(str(Path(*whole.parts[:literal])), source)
+        found = files_below(root, "/".join(whole.parts[literal:]), key)
+    else:
+        below = files_below(existing_folder(path, source), glob, key)
+        found = (file for file in below if file.uri.lower().endswith(tuple(endings)))
+    for file in found:
+        empty = False
+        yield file
+    if empty:
+        known = ", ".join(sorted(endings))
+        raise CorpusError(
+            f"source {source}: nothing to read at {path}: no file that matches {glob!r} ends in {known}; "
+            "correct its `path` or `glob`"
+        )
 
 
 def existing_folder(path: str, source: str) -> Path:
@@ -70,18 +113,14 @@ def is_glob(text: str) -> bool:
     return any(character in text for character in "*?[")
 
 
-def stamp(paths: Iterable[str]) -> tuple[int, str]:
+def stamp(files: Iterable[File]) -> tuple[int, str]:
     """Bytes of the files together, and an etag that changes with their names, sizes or modification times."""
     total = 0
     digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        try:
-            status = os.stat(path)  # noqa: PTH116 - a Path object per file doubles the time of a listing
-            total += status.st_size
-            state = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError as error:
-            state = f"unreadable {error.errno}"
-        digest.update(os.fsencode(os.path.basename(path)) + b"\0" + state.encode() + b"\0")  # noqa: PTH119
+    for file in files:
+        size, state = file.stamp()
+        total += size
+        digest.update(os.fsencode(os.path.basename(file.path)) + b"\0" + state.encode() + b"\0")  # noqa: PTH119
     return total, digest.hexdigest()
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import BinaryIO, ClassVar, Literal
 
 from pydantic import Field
 
 from pipelines.corpus.documents import Document, Input, RawSpan, Reject, Slice
 from pipelines.corpus.errors import CorpusError
-from pipelines.corpus.files import File, existing_folder, files_below, is_glob, open_part, printable, stamp
+from pipelines.corpus.files import find_files, open_part, stamp
 from pipelines.corpus.reader import Reader
 from pipelines.sequence import Modality
 
@@ -36,7 +35,7 @@ class _LineError(ValueError):
 class JsonLinesSource(Reader):
     """Reader `jsonl`. Blank lines are skipped."""
 
-    decides_rows: ClassVar[frozenset[str]] = frozenset({"text_field", "id_field"})
+    decides_rows: ClassVar[frozenset[str]] = Reader.decides_rows | {"text_field", "id_field", "language_field"}
 
     reader: Literal["jsonl"]
     path: str
@@ -44,19 +43,17 @@ class JsonLinesSource(Reader):
     text_field: str = "text"
     id_field: str | None = None
     """Field with the record's name, unique in its file; without it, the line's byte offset names the record."""
+    language_field: str | None = None
+    """Field with the document's language tag, for `filters.languages`."""
     max_line_mb: float = Field(default=100, gt=0)
     """Longer lines are quarantined unread."""
 
     def inputs(self) -> Iterator[Input]:
-        empty = True
-        for file in self._files():
+        for file in find_files(self.path, self.name, (".jsonl", *(f".jsonl{suffix}" for suffix in COMPRESSED))):
             if file.uri.lower().endswith(COMPRESSED):
                 raise CorpusError(f"source {self.name}: {file.path} is compressed; unpack it or glob around it")
-            size, etag = stamp([file.path])
+            size, etag = stamp([file])
             yield Input(uri=file.uri, size=size, etag=etag, parts=(file.part,), divisible=True)
-            empty = False
-        if empty:
-            raise CorpusError(f"source {self.name}: no JSON lines files at {self.path}; correct its `path`")
 
     def read(self, slices: Sequence[Slice]) -> Iterator[Document | Reject]:
         for piece in slices:
@@ -80,19 +77,6 @@ class JsonLinesSource(Reader):
                             reason=error.reason,
                             error=f"{part}: line at byte {offset}: {error}",
                         )
-
-    def _files(self) -> Iterator[File]:
-        path = Path(self.path).expanduser().absolute()
-        if path.is_file():
-            yield File(printable(path.name), str(path))
-        elif not path.exists() and is_glob(self.path):
-            literal = next(i for i, part in enumerate(path.parts) if is_glob(part))
-            root = existing_folder(str(Path(*path.parts[:literal])), self.name)
-            yield from files_below(root, "/".join(path.parts[literal:]))
-        else:
-            endings = (".jsonl", *(f".jsonl{suffix}" for suffix in COMPRESSED))
-            files = files_below(existing_folder(str(path), self.name))
-            yield from (file for file in files if file.uri.lower().endswith(endings))
 
     def _document(self, source: str, offset: int, line: bytes | None) -> Document | None:
         if line is None:
@@ -118,13 +102,17 @@ class JsonLinesSource(Reader):
         if not text.strip():
             raise _LineError("text: empty", f"field {self.text_field!r} holds no text; leave such records out")
         name = self._field(record, self.id_field, "id_field", str, int) if self.id_field else offset
-        for value in (text, str(name)):
+        language = self._field(record, self.language_field, "language_field", str) if self.language_field else ""
+        for value in (text, str(name), str(language)):
             if not _is_unicode(value):
                 raise _LineError(
                     "text: not Unicode", r"holds half of a surrogate pair (\ud800 to \udfff); write the whole"
                 )
         return Document(
-            source=f"{source}#{name}", position=0, spans=(RawSpan(modality=Modality.TEXT, text=text, uri=source),)
+            source=f"{source}#{name}",
+            position=0,
+            spans=(RawSpan(modality=Modality.TEXT, text=text, uri=source),),
+            language=str(language),
         )
 
     @staticmethod

@@ -14,17 +14,23 @@ from typing import ClassVar
 from pydantic import Field
 
 from pipelines.corpus.documents import Document, Input, Reject, Slice
+from pipelines.corpus.filters import Filters
 from pipelines.recipe import Settings
 
 
 class Reader(Settings):
     """Base of the sources of a recipe."""
 
-    decides_rows: ClassVar[frozenset[str]] = frozenset()
+    decides_rows: ClassVar[frozenset[str]] = frozenset({"filters", "seed", "weight"})
     """Settings that decide what the rows of an input are: a dataset that has rows of the source keeps to them."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """First part of every document's identity: rename a source and all of its documents are new."""
+    weight: float = Field(1.0, gt=0, le=1)
+    """Share of the documents to take, drawn by row id. To see documents more than once, weigh datasets in training."""
+    seed: int = 0
+    """Another seed draws other documents and templates."""
+    filters: Filters = Filters()
 
     @abstractmethod
     def inputs(self) -> Iterator[Input]:

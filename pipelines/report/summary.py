@@ -43,7 +43,7 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
             for modality, counts in statistics.span_lengths.items()
         },
         "sources": {
-            name: {"documents": source.documents, "tokens": dict(source.tokens)}
+            name: {"documents": source.documents, "tokens": dict(source.tokens), "dropped": dict(source.dropped)}
             for name, source in sorted(statistics.sources.items())
         },
         "codebooks": _codebooks(statistics, dataset),
@@ -126,11 +126,12 @@ def _quantile_name(q: float) -> str:
 
 
 def _sources(figures: dict[str, Any]) -> Table:
-    table = Table("source", "documents", *MODALITIES)
+    table = Table("source", "documents", *MODALITIES, "dropped by filters")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, source in figures["sources"].items():
-        table.add_row(name, f"{source['documents']:,}", *(f"{source['tokens'][m]:,}" for m in MODALITIES))
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(source["dropped"].items()))
+        table.add_row(name, f"{source['documents']:,}", *(f"{source['tokens'][m]:,}" for m in MODALITIES), dropped)
     return table
 
 

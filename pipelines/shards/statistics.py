@@ -11,12 +11,13 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.corpus.documents import Dropped
 from pipelines.sequence import Modality, Vocabulary
 from pipelines.shards.schema import Row
 
@@ -41,6 +42,8 @@ class SourceCounts:
 
     documents: int = 0
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODALITIES, 0))
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Documents that a filter of the recipe took out, by filter; they are not among `documents`."""
 
 
 @dataclass(kw_only=True)
@@ -98,6 +101,11 @@ class Statistics:
                 self.span_lengths[span.modality.label][length_bin(span.length)] += 1
             self._add_distinct(row.content_hash)
 
+    def drop(self, dropped: Dropped) -> None:
+        """Count a document that a filter took out."""
+        counts = self.sources.setdefault(dropped.source.partition("/")[0], SourceCounts()).dropped
+        counts[dropped.reason] = counts.get(dropped.reason, 0) + 1
+
     def merge(self, other: Statistics) -> None:
         """Add another's counts to these."""
         self.text_counts += other.text_counts
@@ -108,6 +116,8 @@ class Statistics:
             mine.documents += theirs.documents
             for modality in MODALITIES:
                 mine.tokens[modality] += theirs.tokens[modality]
+            for reason, count in theirs.dropped.items():
+                mine.dropped[reason] = mine.dropped.get(reason, 0) + count
         self.lengths.update(other.lengths)
         self.spans_per_document.update(other.spans_per_document)
         for modality in MODALITIES:
@@ -138,7 +148,7 @@ class Statistics:
             "image_counts": _pack(self.image_counts),
             "audio_counts": _pack(self.audio_counts),
             "audio_codebooks": self.audio_counts.shape[0],
-            "sources": {n: {"documents": s.documents, "tokens": s.tokens} for n, s in self.sources.items()},
+            "sources": {n: asdict(s) for n, s in self.sources.items()},
             "lengths": _counter_json(self.lengths),
             "span_lengths": {m: _counter_json(c) for m, c in self.span_lengths.items()},
             "spans_per_document": _counter_json(self.spans_per_document),

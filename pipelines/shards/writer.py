@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from pipelines.corpus.documents import Reject
+from pipelines.corpus.documents import Dropped, Reject
 from pipelines.sequence import Vocabulary
 from pipelines.shards.reader import footer_checksum
 from pipelines.shards.schema import FORMAT_VERSION, SCHEMA, Row, to_arrow
@@ -99,6 +99,9 @@ class ShardWriter:
 
     def reject(self, reject: Reject) -> None:
         self._rejects.append(reject)
+
+    def drop(self, dropped: Dropped) -> None:
+        self.statistics.drop(dropped)
 
     def finish(self) -> WrittenShard:
         """Write what is pending and the footer, and force both files onto the disk."""

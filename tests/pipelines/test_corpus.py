@@ -64,7 +64,7 @@ def only_reject(source: Reader) -> Reject:
 
 def test_files_of_one_stem_are_one_document(tmp_path: Path) -> None:
     write(tmp_path, {"a/apple.png": PICTURE, "a/apple.txt": " Une pomme.\n", "a/apple.ogg": SOUND, "a/pear.JPG": b"p"})
-    source = folder_source(tmp_path, orders=[["text", "image", "audio"]])
+    source = folder_source(tmp_path, templates=["{text}{image}{audio}"])
     apple, pear = everything(source)
     assert isinstance(apple, Document)
     assert isinstance(pear, Document)
@@ -98,7 +98,7 @@ def test_inputs_are_sorted_by_uri_and_miss_nothing(names: set[str], tmp_path_fac
     assert len(set(uris)) == len(uris)
 
 
-def test_each_document_draws_an_order_by_its_row_id(tmp_path: Path) -> None:
+def test_each_document_draws_a_template_by_its_row_id(tmp_path: Path) -> None:
     write(tmp_path, {f"{i}.{ending}": f"{i}" for i in range(60) for ending in ("png", "txt")})
     source = folder_source(tmp_path)
     documents = {d.source: d for d in everything(source) if isinstance(d, Document)}
@@ -110,20 +110,31 @@ def test_each_document_draws_an_order_by_its_row_id(tmp_path: Path) -> None:
     assert any(d != documents[d.source] for d in everything(other))
 
 
-def test_an_order_leaves_out_what_it_does_not_name(tmp_path: Path) -> None:
+def test_a_template_leaves_out_what_it_does_not_name(tmp_path: Path) -> None:
     write(tmp_path, {"x.png": PICTURE, "x.txt": "word"})
-    (document,) = everything(folder_source(tmp_path, orders=[["image"]]))
+    (document,) = everything(folder_source(tmp_path, templates=["{image}"]))
     assert isinstance(document, Document)
     assert [s.modality for s in document.spans] == [Modality.IMAGE]
-    reject = only_reject(folder_source(tmp_path, orders=[["audio"]]))
+    reject = only_reject(folder_source(tmp_path, templates=["{audio}"]))
     assert reject.reason == "document: empty"
-    assert "x.png" in reject.error
+    assert "s/x: nothing in it for the template '{audio}'" in reject.error
 
 
-@pytest.mark.parametrize("orders", [[], [[]], [["text", "text"]], [["picture"]]])
-def test_impossible_orders_are_refused(orders: list[list[str]], tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match="order"):
-        folder_source(tmp_path, orders=orders)
+def test_text_of_a_template_stands_where_the_document_has_all_that_it_names(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": PICTURE, "a.txt": "a cat", "b.png": PICTURE})
+    both, bare = everything(folder_source(tmp_path, templates=["Look: {image}\nThis is {text} {{}}."]))
+    assert isinstance(both, Document)
+    assert isinstance(bare, Document)
+    assert [s.text for s in both.spans] == ["Look: ", "", "\nThis is a cat {}."]
+    assert [s.modality for s in bare.spans] == [Modality.IMAGE]
+
+
+@pytest.mark.parametrize(
+    "templates", [[], [""], ["{text}{text}"], ["{picture}"], ["{text"], ["{text!r}"], ["{}"], ["{language}: a flag"]]
+)
+def test_impossible_templates_are_refused(templates: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="template"):
+        folder_source(tmp_path, templates=templates)
 
 
 def test_a_glob_takes_a_part_of_the_folder(tmp_path: Path) -> None:
@@ -236,7 +247,7 @@ def test_missing_and_empty_corpora_are_refused(tmp_path: Path) -> None:
         list(folder_source(tmp_path).inputs())
     with pytest.raises(CorpusError, match=r"notes\.md is no folder"):
         list(folder_source(tmp_path / "notes.md").inputs())
-    with pytest.raises(CorpusError, match="no JSON lines"):
+    with pytest.raises(CorpusError, match=r"no file that matches .* ends in \.jsonl"):
         list(lines_source(tmp_path).inputs())
 
 
