@@ -1,21 +1,34 @@
-"""Files of a local corpus: found in a stable order, stamped, opened.
+"""Files of a corpus, on disk or in an object store: found in a stable order, stamped, opened.
 
-Enters: a folder and a glob. Leaves: `File`s, sorted by uri. Always holds: uris and parts are valid Unicode whatever the
-file system holds, and the names of one folder at a time are in memory.
+Enters: a folder and a glob. Leaves: `File`s, sorted by uri, in the same order wherever they lie. Always holds: uris and
+parts are valid Unicode whatever the file system holds; of a local tree the names of one folder at a time are in memory, of
+an object store those of all objects below the folder.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 from urllib.parse import unquote_to_bytes
 
-from pipelines.corpus.errors import CorpusError
+from pipelines.corpus import remote
+from pipelines.corpus.errors import CorpusError, TransientError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_BUFFER = 2**17
+
+_TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
+"""What network file systems say when their server is away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +38,9 @@ class File:
     uri: str
     """Path relative to the root, with `/`; bytes that are not UTF-8 are written `\\xff`."""
     path: str
-    """Where it lies, as the operating system has it."""
+    """Where it lies, as the operating system has it, or a URI of an object store."""
+    listed: tuple[int, str] | None = None
+    """The stamp, where the listing told it: no object store is asked for each."""
 
     @property
     def part(self) -> str:
@@ -38,8 +53,11 @@ class File:
 
     def stamp(self) -> tuple[int, str]:
         """Bytes, and what changes with size or modification time; a file that cannot be read has a stamp too."""
+        if self.listed:
+            return self.listed
         try:
-            status = os.stat(self.path)  # noqa: PTH116 - a Path object per file doubles the time of a listing
+            with _transient(self.path):
+                status = os.stat(self.path)  # noqa: PTH116 - a Path object per file doubles the time of a listing
         except OSError as error:
             return 0, f"unreadable {error.errno}"
         return status.st_size, f"{status.st_size} {status.st_mtime_ns}"
@@ -58,14 +76,14 @@ def find_files(
     Raises:
         CorpusError: nothing there, or nothing that matches.
     """
-    whole = Path(path).expanduser().absolute()
+    whole = located(path)
     empty = True
-    if whole.is_file():
-        found: Iterable[File] = [File(printable(whole.name), str(whole))]
-    elif not whole.exists() and is_glob(path):
-        literal = next(i for i, part in enumerate(whole.parts) if is_glob(part))
-        root = existing_folder(str(Path(*whole.parts[:literal])), source)
-        found = files_below(root, "/".join(whole.parts[literal:]), key)
+    found: Iterable[File]
+    if (kind := _kind_of(whole)) == "file":
+        found = _one(whole)
+    elif kind is None and is_glob(path):
+        root, pattern = _split(whole)
+        found = files_below(existing_folder(root, source), pattern, key)
     else:
         below = files_below(existing_folder(path, source), glob, key)
         found = (file for file in below if file.uri.lower().endswith(tuple(endings)))
@@ -80,20 +98,25 @@ def find_files(
         )
 
 
-def existing_folder(path: str, source: str) -> Path:
+def existing_folder(path: str, source: str) -> str:
     """The folder that a source names.
 
     Raises:
         CorpusError: there is none.
     """
-    folder = Path(path).expanduser().absolute()
-    if folder.is_dir():
+    folder = located(path)
+    if (kind := _kind_of(folder)) == "folder":
         return folder
-    what = "is no folder" if folder.exists() else "does not exist"
+    what = "does not exist" if kind is None else "is no folder"
     raise CorpusError(f"source {source}: {folder} {what}; set its `path` to the folder that holds the corpus")
 
 
-def files_below(root: Path, glob: str = "**", key: Callable[[str], str] = str) -> Iterator[File]:
+def located(path: str) -> str:
+    """A path of a recipe as every worker can use it: an absolute one, or the URI of an object store."""
+    return path.rstrip("/") if remote.is_remote(path) else str(Path(path).expanduser().absolute())
+
+
+def files_below(root: str | Path, glob: str = "**", key: Callable[[str], str] = str) -> Iterator[File]:
     """The files below a folder that match a glob, sorted by path, or by `key` of the file name within a folder.
 
     `*` and `?` stay within one folder, `**` crosses any number of them. Links are followed; names that begin with a dot
@@ -101,12 +124,17 @@ def files_below(root: Path, glob: str = "**", key: Callable[[str], str] = str) -
 
     Raises:
         CorpusError: a folder cannot be listed, or a link leads back to a folder above it.
+        TransientError: an object store cannot be listed now.
     """
     patterns = glob.split("/")
     # A tree may be vast and the glob name one corner of it.
     literal = next((i for i, p in enumerate(patterns[:-1]) if is_glob(p)), len(patterns) - 1)
     prefix = "".join(f"{p}/" for p in patterns[:literal])
-    yield from _walk(str(root / prefix), prefix, patterns, key, frozenset())
+    folder = f"{root}/{prefix}"
+    if remote.is_remote(folder):
+        yield from _stored(folder.rstrip("/"), prefix, patterns, key)
+    else:
+        yield from _walk(folder, prefix, patterns, key, frozenset())
 
 
 def is_glob(text: str) -> bool:
@@ -125,18 +153,86 @@ def stamp(files: Iterable[File]) -> tuple[int, str]:
 
 
 def open_part(part: str, buffering: int = -1) -> BinaryIO:
-    """Open a part of an input.
+    """Open a part of an input for reading from any place in it.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: it cannot be opened; reads may raise it too.
+        TransientError: the network or a store fails; reads may raise it too.
     """
-    path: str | bytes = unquote_to_bytes(part.removeprefix("file://")) if part.startswith("file://") else part
-    return open(path, "rb", buffering=buffering)  # type: ignore[return-value]  # noqa: PTH123 - bytes are no Path
+    raw: io.RawIOBase
+    if remote.is_remote(part):
+        raw = remote.RemoteFile(part)
+    else:
+        with _transient(part):
+            raw = _LocalFile(unquote_to_bytes(part.removeprefix("file://")) if part.startswith("file://") else part)
+    if buffering == 0:
+        return raw  # type: ignore[return-value]
+    return io.BufferedReader(raw, _BUFFER if buffering < 0 else buffering)  # type: ignore[arg-type]
+
+
+class _LocalFile(io.FileIO):
+    def readinto(self, buffer: Buffer) -> int:
+        with _transient(self.name):
+            return super().readinto(buffer)  # type: ignore[return-value]
+
+    def readall(self) -> bytes:
+        with _transient(self.name):
+            return super().readall()
+
+
+@contextmanager
+def _transient(part: object) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _TRANSIENT:
+            raise
+        raise TransientError(
+            f"{part}: {error.strerror}: its file system does not answer as it should; look at its disk or server"
+        ) from error
 
 
 def printable(name: str) -> str:
     """A name as the operating system has it, as valid Unicode."""
     return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def _kind_of(path: str) -> str | None:
+    """`file` or `folder`; None where there is nothing."""
+    if remote.is_remote(path):
+        return remote.kind(path)[0]
+    return "folder" if os.path.isdir(path) else "file" if os.path.exists(path) else None  # noqa: PTH110, PTH112
+
+
+def _one(path: str) -> Iterator[File]:
+    name = path.rpartition("/")[2]
+    yield File(printable(name), path, remote.kind(path)[1] if remote.is_remote(path) else None)
+
+
+def _split(path: str) -> tuple[str, str]:
+    """A path before its first part with a wildcard, and the rest."""
+    parts = path.split("/")
+    literal = next(i for i, part in enumerate(parts) if is_glob(part))
+    return "/".join(parts[:literal]) or "/", "/".join(parts[literal:])
+
+
+def _stored(folder: str, prefix: str, patterns: list[str], key: Callable[[str], str]) -> Iterator[File]:
+    """The objects below a folder that match, in the order in which `_walk` gives files."""
+
+    def place(names: list[str]) -> list[tuple[str, str]]:
+        return [*((f"{name}/", name) for name in names[:-1]), (key(names[-1]), names[-1])]
+
+    found = []
+    try:
+        for item in remote.listing(folder):
+            names = item.path.split("/")
+            hidden = any(name.startswith(".") for name in names)
+            if not hidden and _matches((prefix + item.path).split("/"), patterns):
+                found.append((place(names), item))
+    except OSError as error:
+        raise CorpusError(f"{folder}: cannot be listed: {error.strerror}; make it readable or leave it out") from error
+    for _, item in sorted(found, key=lambda pair: pair[0]):
+        yield File(prefix + item.path, f"{folder}/{item.path}", item.stamp)
 
 
 def _walk(
@@ -158,7 +254,9 @@ def _walk(
         raise CorpusError(f"{folder}: a link that leads back to a folder above it; remove it or leave it out by a glob")
     for _, name, kind, path in found:
         if kind == "folder":
-            yield from _walk(path, f"{prefix}{name}/", patterns, key, above | {identity})
+            # A folder of a million clips may lie below the table that names them.
+            if "**" in patterns or prefix.count("/") + 1 < len(patterns):
+                yield from _walk(path, f"{prefix}{name}/", patterns, key, above | {identity})
         elif _matches((prefix + name).split("/"), patterns):
             yield File(prefix + name, path)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from pydantic import Field
 
-from pipelines.corpus.documents import Document, Input, Reject, Slice
+from pipelines.corpus.documents import Document, Dropped, Input, Reject, Slice
 from pipelines.corpus.filters import Filters
 from pipelines.recipe import Settings
+from pipelines.sequence import Vocabulary
 
 
 class Reader(Settings):
@@ -41,5 +42,14 @@ class Reader(Settings):
         """
 
     @abstractmethod
-    def read(self, slices: Sequence[Slice]) -> Iterator[Document | Reject]:
-        """The documents of the slices, in order; a `Reject` in place of each that cannot be read."""
+    def read(self, slices: Sequence[Slice]) -> Iterator[Document | Reject | Dropped]:
+        """The documents of the slices, in order; a `Reject` in place of each that cannot be read, a `Dropped` in place of
+        each that a filter of the reader's own takes out."""
+
+    def bound(self, vocabulary: Vocabulary, sequence_length: int) -> Self:
+        """The reader as a job uses it: it knows what the job makes ids of, and how long a sequence may be.
+
+        Raises:
+            VocabularyError: what it reads was made with other tokenizers.
+        """
+        return self

@@ -14,7 +14,7 @@ from pipelines.recipe import read_recipe
 from pipelines.sequence import Modality
 from pipelines.shards.schema import Row
 from pipelines.tokenize.recipe import TokenizeRecipe
-from pipelines.tokenize.units import new_units
+from pipelines.tokenize.units import grouped
 from pipelines.tokenize.worker import UnitWorker
 from tests.pipelines.tiny import tiny_recipe, write_corpus, write_recipe
 
@@ -62,8 +62,8 @@ def test_draws_are_uniform_and_depend_on_the_key_alone() -> None:
 
 def results(recipe: TokenizeRecipe) -> list[Any]:
     worker = UnitWorker(recipe)
-    listed = {source.name: list(source.inputs()) for source in recipe.sources}
-    return [result for unit in new_units(listed, {}, recipe.units) for result in worker.rows(unit)]
+    units = [unit for source in recipe.sources for unit in grouped(source.name, source.inputs(), recipe.units)]
+    return [result for unit in units for result in worker.rows(unit)]
 
 
 def test_what_filters_drop_is_counted_and_the_rest_is_unchanged(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_drops_stand_in_the_statistics_by_source_and_reason(tmp_path: Path) -> N
     worker = UnitWorker(recipe)
     (lines,) = [source for source in recipe.sources if source.name == "lines"]
     dropped = documents = 0
-    for unit in new_units({"lines": list(lines.inputs())}, {}, recipe.units):
+    for unit in grouped("lines", lines.inputs(), recipe.units):
         counts = worker.run(unit).statistics["sources"].get("lines", {"documents": 0, "dropped": {}})
         dropped += counts["dropped"].get("min_characters", 0)
         documents += counts["documents"]

@@ -56,7 +56,7 @@ def test_channels_are_averaged() -> None:
 def test_samples_that_are_not_finite_are_refused(value: float) -> None:
     samples = tone(440)
     samples[100] = value
-    with pytest.raises(MediaError, match=r"s3://b/x\.wav: 1 samples are NaN or infinite"):
+    with pytest.raises(MediaError, match=r"s3://b/x\.wav: holds samples that are NaN or infinite"):
         load_sound(encoded(samples), "s3://b/x.wav", RATE)
 
 
