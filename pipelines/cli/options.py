@@ -15,3 +15,5 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that win o
 DatasetArgument = Annotated[str, typer.Argument(help="Folder or URI of a token dataset.")]
 Version = Annotated[int | None, typer.Option(min=0, help="A pinned version; the newest by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+Reasons = Annotated[list[str] | None, typer.Option("--reason", help="Only rejects for this reason; may be repeated.")]

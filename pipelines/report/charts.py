@@ -44,10 +44,11 @@ def line_chart(
     lines: Sequence[Line],
     *,
     y_label: str,
+    x_label: str = "step",
     tone: str = "",
     from_zero: bool = False,
 ) -> Markup:
-    """A chart over steps.
+    """A chart over steps, or over whatever counts up from 0.
 
     Args:
         key: unique on the page; the ids of title and description begin with it.
@@ -78,14 +79,14 @@ def line_chart(
             parts.append(tag("text", short(tick), x=x, y=HEIGHT - _BOTTOM + 16, class_="tick middle"))
     base = HEIGHT - _BOTTOM
     parts.append(tag("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=base, y2=base, class_="axis"))
-    parts.append(tag("text", "step", x=WIDTH - _RIGHT, y=HEIGHT - 5, class_="tick end"))
+    parts.append(tag("text", x_label, x=WIDTH - _RIGHT, y=HEIGHT - 5, class_="tick end"))
     parts.append(tag("text", y_label, x=_LEFT, y=HEIGHT - 5, class_="tick"))
     for line in lines:
         placed = [place(point) for point in line.points]
         parts.append(tag("path", d=_path(placed), class_=f"line {line.style}"))
         if line.markers:
             parts += [
-                tag("circle", tag("title", f"{line.name}, step {x:,.0f}: {y:.3f}"), cx=_round(px), cy=_round(py), r=3.2,
+                tag("circle", tag("title", f"{line.name}, {x_label} {x:,.0f}: {y:.3f}"), cx=_round(px), cy=_round(py), r=3.2,
                     class_=f"dot {line.style}")
                 for (x, y), (px, py) in zip(line.points, placed, strict=True)
             ]  # fmt: skip

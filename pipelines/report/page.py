@@ -7,13 +7,12 @@ forbids it to, and no text of the data can become markup.
 
 from __future__ import annotations
 
-import math
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pipelines.report.charts import share_bar
-from pipelines.report.markup import Markup, join, table, tag, trusted
+from pipelines.report.frame import write_document
+from pipelines.report.markup import Markup, join, table, tag
 from pipelines.report.media import GeneratedFile, picture, prose, read_generated, sound
 from pipelines.report.summary import summarize
 from pipelines.report.training import Run, read_run, training_section
@@ -21,8 +20,6 @@ from pipelines.sequence import Modality
 from pipelines.shards.dataset import Dataset
 from pipelines.shards.statistics import MODALITIES
 from pipelines.show import ShownRow, show
-
-POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; base-uri 'none'"
 
 _PLURALS = {Modality.TEXT: "Texts", Modality.IMAGE: "Pictures", Modality.AUDIO: "Sounds"}
 
@@ -89,50 +86,7 @@ def write_page(
         sections.append(("training", "How it learned", training_section(told)))
     if files:
         sections.append(("output", "What came out", _output_section(files)))
-    page = tag("html", _head(title), _body(title, _subtitle(dataset, told), sections), lang="en")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(f"<!doctype html>\n{page}\n", encoding="utf-8")
-    return out
-
-
-def _head(title: str) -> Markup:
-    style = (resources.files("pipelines.report") / "page.css").read_text("utf-8")
-    return tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("title", f"{title} · Braid"),
-        tag("style", trusted(style)),
-    )
-
-
-def _body(title: str, subtitle: str, sections: list[tuple[str, str, Markup]]) -> Markup:
-    links = [tag("li", tag("a", name, href=f"#{key}")) for key, name, _ in sections]
-    return tag(
-        "body",
-        tag("a", "Skip to the content", href="#content", class_="skip"),
-        tag(
-            "header",
-            _braid(),
-            tag("h1", title),
-            tag("p", subtitle, class_="subtitle") if subtitle else None,
-            tag("nav", tag("ul", *links), aria_label="Sections") if len(links) > 1 else None,
-        ),
-        tag("main", *(section for _, _, section in sections), id="content"),
-        tag("footer", tag("p", "Written by Braid. This file holds everything it shows.")),
-    )
-
-
-def _braid() -> Markup:
-    """The mark: three strands."""
-    strands = []
-    for index, modality in enumerate(MODALITIES):
-        heights = (12 - 8 * math.sin(x / 7 + index * 2 * math.pi / 3) for x in range(0, 133, 2))
-        path = "".join(f"{'L' if x else 'M'}{2 * x} {y:.1f}" for x, y in enumerate(heights))
-        strands.append(tag("path", d=path, class_=modality))
-    return tag("svg", *strands, viewBox="-2 0 136 24", aria_hidden="true", class_="mark")
+    return write_document(out, title, _subtitle(dataset, told), sections)
 
 
 def _subtitle(dataset: Dataset | None, run: Run | None) -> str:

@@ -21,9 +21,10 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
     """The figures of a dataset version as JSON values.
 
     Keys: `dataset`, `version`, `fingerprint`, `shards`, `bytes`, `documents`, `distinct_documents` (HyperLogLog, 1.6%
-    standard error), `tokens` {text, image, audio, total}, `document_tokens` and `spans` {modality: {count, length}}
-    with quantiles (nearest rank; exact below 4,096, within 0.025% above), `sources`, `codebooks` (per codebook: size,
-    codes used, entropy in bits, perplexity), `quarantine` {reason: count}.
+    standard error), `duplicates` ("drop" where training reads each content once, else "keep"), `tokens` {text, image,
+    audio, total}, `document_tokens` and `spans` {modality: {count, length}} with quantiles (nearest rank; exact below
+    4,096, within 0.025% above), `sources`, `codebooks` (per codebook: size, codes used, entropy in bits, perplexity),
+    `quarantine` {reason: count}.
     """
     statistics = dataset.statistics()
     shards = dataset.shards()
@@ -36,6 +37,7 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
         "bytes": sum(shard.size for shard in shards),
         "documents": statistics.documents,
         "distinct_documents": statistics.distinct_documents,
+        "duplicates": dataset.duplicates,
         "tokens": tokens | {"total": sum(tokens.values())},
         "document_tokens": _quantiles(statistics.lengths),
         "spans": {
@@ -75,10 +77,11 @@ def _codebooks(statistics: Statistics, dataset: Dataset) -> dict[str, dict[str, 
 
 def render(figures: dict[str, Any], console: Console) -> None:
     """Print the figures of `summarize` as tables."""
+    once = ", each of which training reads once" if figures["duplicates"] == "drop" else ""
     console.print(f"[bold]{escape(figures['dataset'])}[/]", highlight=False, soft_wrap=True)
     console.print(
         f"version {figures['version']}, fingerprint {figures['fingerprint']}\n"
-        f"{figures['documents']:,} documents (about {figures['distinct_documents']:,} of distinct content) "
+        f"{figures['documents']:,} documents (about {figures['distinct_documents']:,} of distinct content{once}) "
         f"in {figures['shards']:,} shards, {figures['bytes'] / 1e6:,.1f} MB\n",
         highlight=False,
         soft_wrap=True,

@@ -67,28 +67,35 @@ def evaluate(tokenizer: AudioTokenizer, sounds: Sounds, paths: Sequence[str], cl
     by_n_q: dict[str, dict[str, float]] = {}
     by_source: dict[str, dict[str, float]] = {}
     for depth in depths_of(tokenizer):
-        decoded = tokenizer.decode_batch([clip[:, :depth] for clip in codes])
-        rows = [
-            _figures(original, copy[: len(original)], tokenizer.sample_rate_hz)
-            for original, copy in zip(originals, decoded, strict=True)
-        ]
-        by_n_q[str(depth)] = _means(rows)
-        if depth == max(1, tokenizer.n_q // 2):
+        rows = compare(tokenizer, originals, codes, depth)
+        by_n_q[str(depth)] = means(rows)
+        if depth == max(tokenizer.least_n_q, tokenizer.n_q // 2):
             sources = ["/".join(path.split("/")[:2]) if "/" in path else "all" for path in paths]
             for source in sorted(set(sources)):
-                by_source[source] = _means([row for row, own in zip(rows, sources, strict=True) if own == source])
+                by_source[source] = means([row for row, own in zip(rows, sources, strict=True) if own == source])
     return {
         "clips": len(paths),
         "seconds": round(sum(map(len, originals)) / tokenizer.sample_rate_hz, 1),
         "by_n_q": by_n_q,
         "by_source": by_source,
-        "codebooks": _codebook_use(np.concatenate(codes), tokenizer.codebook_size),
+        "codebooks": codebook_use(np.concatenate(codes), tokenizer.codebook_size),
     }
 
 
 def depths_of(tokenizer: AudioTokenizer) -> list[int]:
     """Numbers of codebooks that are measured."""
-    return sorted({depth for depth in DEPTHS if depth <= tokenizer.n_q} | {tokenizer.n_q})
+    return sorted({depth for depth in DEPTHS if tokenizer.least_n_q <= depth <= tokenizer.n_q} | {tokenizer.n_q})
+
+
+def compare(
+    tokenizer: AudioTokenizer, originals: Sequence[np.ndarray], codes: Sequence[np.ndarray], depth: int
+) -> list[dict[str, float]]:
+    """ESTOI (NaN where there is too little speech), mel distance and SI-SDR of each clip with its first codebooks."""
+    decoded = tokenizer.decode_batch([clip[:, :depth] for clip in codes])
+    return [
+        figures_of(original, copy[: len(original)], tokenizer.sample_rate_hz)
+        for original, copy in zip(originals, decoded, strict=True)
+    ]
 
 
 def estoi(original: np.ndarray, decoded: np.ndarray, sample_rate_hz: int) -> float:
@@ -138,7 +145,8 @@ def log_mel_db(waveform: np.ndarray, sample_rate_hz: int) -> np.ndarray:
     return decibels
 
 
-def _figures(original: np.ndarray, decoded: np.ndarray, sample_rate_hz: int) -> dict[str, float]:
+def figures_of(original: np.ndarray, decoded: np.ndarray, sample_rate_hz: int) -> dict[str, float]:
+    """The figures of one clip, float32 [samples] each."""
     distance = np.abs(log_mel_db(original, sample_rate_hz) - log_mel_db(decoded, sample_rate_hz)).mean()
     return {
         "estoi": estoi(original, decoded, sample_rate_hz),
@@ -147,15 +155,17 @@ def _figures(original: np.ndarray, decoded: np.ndarray, sample_rate_hz: int) -> 
     }
 
 
-def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    means = {}
+def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means over clips, and over how many of them ESTOI could be taken."""
+    found = {}
     for name in rows[0]:
         values = [row[name] for row in rows if not math.isnan(row[name])]
-        means[name] = round(float(np.mean(values)), 3) if values else math.nan
-    return {**means, "estoi_clips": sum(not math.isnan(row["estoi"]) for row in rows)}
+        found[name] = round(float(np.mean(values)), 3) if values else math.nan
+    return {**found, "estoi_clips": sum(not math.isnan(row["estoi"]) for row in rows)}
 
 
-def _codebook_use(codes: np.ndarray, codebook_size: int) -> list[dict[str, float]]:
+def codebook_use(codes: np.ndarray, codebook_size: int) -> list[dict[str, float]]:
+    """Entries used and perplexity of each codebook, from int32 [frames, K]."""
     use = []
     for column in codes.T:
         shares = np.bincount(column, minlength=codebook_size) / len(column)

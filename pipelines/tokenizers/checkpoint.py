@@ -55,20 +55,37 @@ def resolve(name_or_path: str | Path) -> Path:
     )
 
 
+def read_kind(folder: Path) -> str:
+    """What kind of tokenizer a folder says that it holds, such as "image".
+
+    Raises:
+        CheckpointError: `config.json` is unreadable, or says nothing.
+    """
+    kind = _read(folder).get("kind")
+    if not isinstance(kind, str):
+        raise CheckpointError(f'{folder / CONFIG} states no "kind": it is not the config of a tokenizer of Braid.')
+    return kind
+
+
 def read_config(folder: Path, kind: str) -> dict[str, Any]:
     """Read `config.json`, without its "kind", which must be the one asked for.
 
     Raises:
         CheckpointError: unreadable, or a tokenizer of another kind.
     """
+    config = _read(folder)
+    found = config.pop("kind", None)
+    if found != kind:
+        raise CheckpointError(f"{folder} holds a tokenizer of kind {found!r}, but one of kind {kind!r} is wanted here.")
+    return config
+
+
+def _read(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as fault:
         raise CheckpointError(f"cannot read {folder / CONFIG}: {fault}") from fault
-    found = config.pop("kind", None) if isinstance(config, dict) else None
-    if found != kind:
-        raise CheckpointError(f"{folder} holds a tokenizer of kind {found!r}, but one of kind {kind!r} is wanted here.")
-    return config
+    return config if isinstance(config, dict) else {}
 
 
 def read_weights(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

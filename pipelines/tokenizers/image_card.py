@@ -56,6 +56,15 @@ def write_card(
     print(json.dumps(card["figures"]), flush=True)
 
 
+def record_agreement(folder: Path, dtype: str, share: float, *, over: str, hardware: str) -> None:
+    """Write into a tokenizer's `card.json` what `ImageTokenizer.agreement` found for a dtype, over what and where."""
+    path = folder / "card.json"
+    card = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = {"equal": round(share, 5), "over": over, "hardware": hardware}
+    card["agreement"] = card.get("agreement", {}) | {dtype: found}
+    path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
 def card_text(card: Mapping[str, Any], config: ImageTokenizerConfig) -> str:
     """The card for people, from the card for programs."""
     rate = config.downsampling

@@ -1,10 +1,13 @@
 """Figures of an image tokenizer on held-out pictures, and a sheet to look at."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.corpus.pictures import Pixels
@@ -16,6 +19,19 @@ COLOURED = 1.0
 """A picture has colour if its grey copy has a greater chroma error than this, of 255."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Pictures, what became of them, and figures of each."""
+
+    originals: Pixels
+    reconstructions: Pixels
+    """uint8 [N, H, W, 3] both."""
+    figures: dict[str, torch.Tensor]
+    """By name, float32 [N]."""
+    counts: NDArray[np.int64]
+    """How often each code was used."""
+
+
 def evaluate(tokenizer: ImageTokenizer, pictures: Pixels, batch_size: int = 64) -> dict[str, Any]:
     """Encode, decode and compare.
 
@@ -23,12 +39,16 @@ def evaluate(tokenizer: ImageTokenizer, pictures: Pixels, batch_size: int = 64) 
         pictures: uint8 [N, H, W, 3], not seen in training.
 
     Returns:
-        JSON values: means over pictures of PSNR in dB, SSIM and L1 (of 255); sharpness of the reconstructions relative
-        to the pictures (1 is alike, less is blurred); over pictures with colour, the chroma error (of 255) beside that
-        of their grey copies as the yardstick (None if no picture has colour); the number of codes used, and their
-        perplexity.
+        What `summary` says.
     """
-    used = np.zeros(tokenizer.codebook_size, np.int64)
+    return summary(compare(tokenizer, pictures, batch_size))
+
+
+def compare(
+    tokenizer: ImageTokenizer, pictures: Pixels, batch_size: int = 64, watch: Callable[[int], None] = lambda done: None
+) -> Comparison:
+    """Encode and decode pictures, uint8 [N, H, W, 3]; `watch` is told how many are done."""
+    counts = np.zeros(tokenizer.codebook_size, np.int64)
     found: dict[str, list[torch.Tensor]] = {
         "psnr_db": [],
         "ssim": [],
@@ -38,11 +58,14 @@ def evaluate(tokenizer: ImageTokenizer, pictures: Pixels, batch_size: int = 64) 
         "chroma": [],
         "chroma_grey": [],
     }
+    reconstructions = np.empty_like(pictures)
     for start in range(0, len(pictures), batch_size):
         originals = pictures[start : start + batch_size]
         codes = tokenizer.encode(originals)
-        used += np.bincount(codes.ravel(), minlength=len(used))
-        x, y = as_images(torch.from_numpy(originals)), as_images(torch.from_numpy(tokenizer.decode(codes)))
+        counts += np.bincount(codes.ravel(), minlength=len(counts))
+        decoded = tokenizer.decode(codes)
+        reconstructions[start : start + len(decoded)] = decoded
+        x, y = as_images(torch.from_numpy(originals)), as_images(torch.from_numpy(decoded))
         found["psnr_db"].append(psnr(x, y))
         found["ssim"].append(ssim(x, y))
         found["l1_of_255"].append((x - y).abs().mean(dim=(1, 2, 3)) * 127.5)
@@ -50,7 +73,25 @@ def evaluate(tokenizer: ImageTokenizer, pictures: Pixels, batch_size: int = 64) 
         found["sharp_original"].append(sharpness(x))
         found["chroma"].append(chroma_error(x, y))
         found["chroma_grey"].append(chroma_error(x, without_chroma(x)))
-    figures = {name: torch.cat(values) for name, values in found.items()}
+        watch(start + len(originals))
+    return Comparison(
+        originals=pictures,
+        reconstructions=reconstructions,
+        figures={name: torch.cat(values) for name, values in found.items()},
+        counts=counts,
+    )
+
+
+def summary(comparison: Comparison) -> dict[str, Any]:
+    """The figures of a comparison.
+
+    Returns:
+        JSON values: means over pictures of PSNR in dB, SSIM and L1 (of 255); sharpness of the reconstructions relative
+        to the pictures (1 is alike, less is blurred); over pictures with colour, the chroma error (of 255) beside that
+        of their grey copies as the yardstick (None if no picture has colour); the number of codes used, and their
+        perplexity.
+    """
+    figures, counts = comparison.figures, comparison.counts
     coloured = figures["chroma_grey"] > COLOURED
     chroma = {
         "chroma_error": figures["chroma"][coloured].mean(),
@@ -58,16 +99,16 @@ def evaluate(tokenizer: ImageTokenizer, pictures: Pixels, batch_size: int = 64) 
     }
     mean = {name: float(values.mean()) for name, values in figures.items()}
     return {
-        "pictures": len(pictures),
+        "pictures": len(comparison.originals),
         "psnr_db": round(mean["psnr_db"], 3),
         "ssim": round(mean["ssim"], 4),
         "l1_of_255": round(mean["l1_of_255"], 3),
         "relative_sharpness": round(mean["sharp"] / mean["sharp_original"], 4),
         **{name: round(float(value), 3) if coloured.any() else None for name, value in chroma.items()},
         "coloured_pictures": int(coloured.sum()),
-        "codes_used": int((used > 0).sum()),
-        "codebook_size": tokenizer.codebook_size,
-        "perplexity": round(perplexity(torch.from_numpy(used)), 1),
+        "codes_used": int((counts > 0).sum()),
+        "codebook_size": len(counts),
+        "perplexity": round(perplexity(torch.from_numpy(counts)), 1),
     }
 
 

@@ -12,12 +12,16 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
 
 from pipelines.sequence import Ids, VocabularyError
 from pipelines.tokenizers.checkpoint import CheckpointError
+from pipelines.tokenizers.fast_text import FastText, why_not
+
+Engine = Literal["auto", "gigatoken", "sentencepiece"]
 
 PACKAGED = {"mistral-v1": ("mistral_common", "data/tokenizer.model.v1", "mistral-common")}
 """Models that packages ship, by name: import name, file, what to install. `mistral-v1` has 32,000 pieces."""
@@ -42,31 +46,58 @@ class TextTokenizer:
     divisible: bool
     """Whether a text may be cut at single spaces between words without changing its ids."""
     processor: sentencepiece.SentencePieceProcessor
+    model: bytes
+    """The model file."""
+    fast: FastText | None
+    """What encodes instead of the library, with the same ids."""
 
     @classmethod
-    def load(cls, name_or_path: str | Path) -> TextTokenizer:
+    def load(cls, name_or_path: str | Path, engine: Engine = "auto") -> TextTokenizer:
         """Load a model.
 
         Args:
             name_or_path: a `.model` file, or a name of `PACKAGED`.
+            engine: who encodes; "auto" takes gigatoken where its ids are the library's own.
 
         Raises:
-            CheckpointError: no such file, no SentencePiece model, or a package that is not installed.
+            CheckpointError: no such file, no SentencePiece model, a package that is not installed, or a model that the
+                engine cannot encode.
         """
-        path = _packaged(str(name_or_path)) if str(name_or_path) in PACKAGED else Path(name_or_path).expanduser()
+        path = packaged(str(name_or_path)) if str(name_or_path) in PACKAGED else Path(name_or_path).expanduser()
         if not path.is_file():
             raise CheckpointError(
                 f"no text tokenizer {str(name_or_path)!r}: neither a file nor a packaged name ({', '.join(PACKAGED)})"
             )
-        data = path.read_bytes()
+        name = str(name_or_path) if str(name_or_path) in PACKAGED else path.stem
+        return cls.from_bytes(path.read_bytes(), name, engine, where=str(path))
+
+    @classmethod
+    def from_bytes(cls, model: bytes, name: str, engine: Engine = "auto", where: str = "model") -> TextTokenizer:
+        """Make a tokenizer of the bytes of a model file; see `load`."""
         processor = sentencepiece.SentencePieceProcessor()
         try:
-            processor.LoadFromSerializedProto(data)
+            processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise CheckpointError(f"{path}: not a SentencePiece model: {error}; give the `.model` file") from error
-        name = str(name_or_path) if str(name_or_path) in PACKAGED else path.stem
-        sha256 = hashlib.sha256(data).hexdigest()
-        return cls(name=name, sha256=sha256, divisible=_is_divisible(processor), processor=processor)
+            raise CheckpointError(f"{where}: not a SentencePiece model: {error}; give the `.model` file") from error
+        reason = "the recipe names the library" if engine == "sentencepiece" else why_not(processor, model)
+        if engine == "gigatoken" and reason:
+            raise CheckpointError(f"{where}: gigatoken cannot encode with this model: {reason}; set engine to auto")
+        return cls(
+            name=name,
+            sha256=hashlib.sha256(model).hexdigest(),
+            divisible=_is_divisible(processor),
+            processor=processor,
+            model=model,
+            fast=None if reason else FastText(model, processor),
+        )
+
+    @property
+    def engine(self) -> str:
+        """Who encodes."""
+        return "gigatoken" if self.fast else "sentencepiece"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).from_bytes, (self.model, self.name, "auto" if self.fast else "sentencepiece")
 
     @property
     def pieces(self) -> int:
@@ -79,6 +110,8 @@ class TextTokenizer:
         Returns:
             int32 [pieces] for each text; empty for an empty text.
         """
+        if self.fast:
+            return [self.fast.encode(text) for text in texts]
         # One at a time: the library's own batches start threads and were 15% slower on one core.
         encode = self.processor.encode
         return [
@@ -100,7 +133,7 @@ class TextTokenizer:
         return str(self.processor.decode(ids.tolist()))
 
 
-def _packaged(name: str) -> Path:
+def packaged(name: str) -> Path:
     package, file, distribution = PACKAGED[name]
     # Found without being imported: the package brings a whole chat protocol with it.
     spec = importlib.util.find_spec(package)

@@ -275,13 +275,35 @@ def _flat(latents: Tensor) -> Tensor:
     return latents.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+_HELP = {
+    "data": "folder of pictures, read recursively",
+    "out": "the tokenizer's folder; its last part is its name",
+    "minutes": "time box, from start to end",
+    "reserve_s": "of it, kept for the last checkpoint and its evaluation",
+    "steps": "stop after so many steps, if the time box does not come first",
+    "seed": "for weights, order and variation",
+    "batch_size": "pictures a step",
+    "lr": "learning rate at its highest",
+    "continuous_until": "share of the run without a codebook",
+    "init": "continue from this tokenizer (name or folder)",
+    "config": "a config.json, for another shape than that of drawings",
+    "device": "cuda, cuda:1, cpu",
+    "compile": "compile the network",
+    "log_every": "steps between lines of the log",
+    "save_every_s": "seconds between checkpoints",
+    "data_name": "what the pictures are, for the card",
+    "data_licence": "their licence, for the card",
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line of this module; every option is a field of `ImageTrainingOptions`."""
-    parser = argparse.ArgumentParser(prog="braid tokenizer train image", description=train.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="braid tokenizer train image",
+        description="Train a VQGAN, evaluate it on held-out pictures, and write it with its card.",
+    )
     kinds: dict[str, Callable[[str], Any]] = {}
     kinds |= {
-        "data": Path,
-        "out": Path,
         "init": resolve,
         "steps": int,
         "seed": int,
@@ -290,17 +312,16 @@ def main(arguments: list[str] | None = None) -> None:
     }
     kinds |= dict.fromkeys(("device", "data_name", "data_licence"), str)
     for option in fields(ImageTrainingOptions):
-        flag = "--" + option.name.replace("_", "-")
+        flag, told = "--" + option.name.replace("_", "-"), _HELP[option.name]
         if option.name == "compile":
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=option.default)
-        elif option.name == "config":
-            parser.add_argument(
-                flag, type=_read_config, default=option.default, help="a config.json, for another shape"
-            )
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=option.default, help=told)
+        elif option.name in ("data", "out"):
+            parser.add_argument(flag, type=Path, required=True, help=told)
         else:
-            required = option.name in ("data", "out")
-            default = None if required else option.default
-            parser.add_argument(flag, type=kinds.get(option.name, float), required=required, default=default)
+            kind = _read_config if option.name == "config" else kinds.get(option.name, float)
+            # A whole architecture as a default would fill the screen.
+            shown = told if option.name == "config" or not option.default else f"{told} (default: %(default)s)"
+            parser.add_argument(flag, type=kind, default=option.default, help=shown)
     train(ImageTrainingOptions(**vars(parser.parse_args(arguments))))
 
 

@@ -12,6 +12,7 @@ The network is that of VQGAN (Esser, Rombach and Ommer, "Taming Transformers for
 import contextlib
 import dataclasses
 import io
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,13 @@ from torch import Tensor, nn
 
 from pipelines.sequence import VocabularyError
 from pipelines.tokenizers.checkpoint import CheckpointError, checkpoint_sha256, read_config, read_weights, resolve
+from pipelines.tokenizers.gpu_batches import FixedBatches
+from pipelines.tokenizers.gumbel import GumbelQuantizer
 
 # Shapes: B batch, H W pixels, R C rows and columns of codes, Z latent channels, E embedding channels.
+
+GPU_BATCH = 64
+"""Pictures that a GPU encodes at a time: enough to fill it at 256 x 256, few enough for small ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +66,8 @@ class ImageTokenizerConfig:
     norm_groups: int = 32
     """Groups of every GroupNorm. The package fixes 32, which in layers of 32 channels leaves one channel to a group: each
     is then normalized by itself over the picture, and what it says of absolute colour is lost."""
+    quantizer: str = "nearest"
+    """"nearest" entry of the codebook, or "gumbel": the best of the scores that a layer gives every code."""
 
     def __post_init__(self) -> None:
         if len(self.encoder.ch_mult) != len(self.decoder.ch_mult):
@@ -67,6 +75,8 @@ class ImageTokenizerConfig:
                 f"encoder and decoder need equally many levels, found ch_mult {self.encoder.ch_mult} "
                 f"and {self.decoder.ch_mult}."
             )
+        if self.quantizer not in ("nearest", "gumbel"):
+            raise ValueError(f'quantizer must be "nearest" or "gumbel", found {self.quantizer!r}.')
         if self.norm_groups < 1 or 32 % self.norm_groups:
             raise ValueError(f"norm_groups must divide 32, found {self.norm_groups}.")
         if self.resolution % self.downsampling:
@@ -130,10 +140,13 @@ class VQGAN(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.GroupNorm):
                 layer.num_groups = config.norm_groups
-        # legacy=False puts the commitment weight on the encoder's term, where the paper has it.
-        self.quantize = VectorQuantizer2(
-            config.codebook_size, config.embed_dim, beta=0.25, sane_index_shape=True, legacy=False
-        )
+        if config.quantizer == "gumbel":
+            self.quantize: Any = GumbelQuantizer(config.codebook_size, config.embed_dim)
+        else:
+            # legacy=False puts the commitment weight on the encoder's term, where the paper has it.
+            self.quantize = VectorQuantizer2(
+                config.codebook_size, config.embed_dim, beta=0.25, sane_index_shape=True, legacy=False
+            )
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
@@ -149,26 +162,57 @@ class VQGAN(nn.Module):
 class ImageTokenizer:
     """A VQGAN with its weights, from pixels to codes and from codes to pixels."""
 
-    def __init__(self, config: ImageTokenizerConfig, model: VQGAN, *, name: str, sha256: str) -> None:
+    def __init__(
+        self,
+        config: ImageTokenizerConfig,
+        model: VQGAN,
+        *,
+        name: str,
+        sha256: str,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = GPU_BATCH,
+    ) -> None:
+        """Take over a model, float32 and where it is to run; see `load`."""
         self.config = config
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.sha256 = sha256
         """Identity of config and weights, which enters fingerprints."""
+        self.dtype = dtype
+        self._on_gpu: FixedBatches | None = None
+        if self._device.type == "cuda":
+            fused = dtype is not torch.float32
+            encode = _fused_encoder(model, dtype) if fused else self._codes
+            self._on_gpu = FixedBatches(encode, batch_size, self._device, graph=fused)
+        model.to(dtype)
+        model.quantize.float()
 
     @classmethod
     def load(
-        cls, name_or_path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        name_or_path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        batch_size: int = GPU_BATCH,
     ) -> "ImageTokenizer":
         """Load a shipped tokenizer by name, or any by its folder.
 
         Args:
-            dtype: Of the two towers; distances to the codebook are always float32. Another dtype or device class
-                may give other codes for a few squares in a thousand.
+            dtype: Of the two towers; distances to the codebook are always float32. float16 encodes several times as fast
+                on a GPU. Another dtype or device class may give other codes for a few squares in a thousand: `agreement`
+                measures it.
+            batch_size: Pictures that a GPU encodes at a time. Like the dtype it is part of what fixes the codes.
 
         Raises:
             CheckpointError: no such tokenizer, one of another kind, or weights that do not fit its config.
+            ValueError: a dtype that is none of float32, float16 and bfloat16, or no positive batch size.
         """
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16) or batch_size < 1:
+            raise ValueError(
+                f"an image tokenizer takes float32, float16 or bfloat16 and a positive batch size, "
+                f"found {dtype} and {batch_size}."
+            )
         folder = resolve(name_or_path)
         values = read_config(folder, "image")
         try:
@@ -180,9 +224,9 @@ class ImageTokenizer:
             model.load_state_dict(read_weights(folder))
         except RuntimeError as fault:
             raise CheckpointError(f"the weights in {folder} do not fit its config.json: {fault}") from fault
-        model.to(device=device, dtype=dtype)
-        model.quantize.float()
-        return cls(config, model, name=folder.name, sha256=checkpoint_sha256(folder))
+        model.to(device)
+        sha256 = checkpoint_sha256(folder)
+        return cls(config, model, name=folder.name, sha256=sha256, dtype=dtype, batch_size=batch_size)
 
     @property
     def codebook_size(self) -> int:
@@ -206,16 +250,29 @@ class ImageTokenizer:
 
         Raises:
             ValueError: another dtype or shape.
+            FloatingPointError: a picture whose activations the dtype cannot hold.
         """
         self._check_pixels(pixels)
-        images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+        if not len(pixels):
+            return np.empty((0, *(side // self.downsampling for side in pixels.shape[1:3])), np.int32)
         # Convolution kernels are chosen by batch size, and their rounding flips about one code in some thousands.
         # One by one, a picture's codes are its own; batching gains nothing on a CPU.
-        parts = images.split(1) if self._device.type == "cpu" else [images]
-        codes = [self._codes(part) for part in parts if len(part)]
-        if not codes:
-            return np.empty((0, *(side // self.downsampling for side in pixels.shape[1:3])), np.int32)
-        return torch.cat(codes).to(torch.int32).cpu().numpy()
+        if self._on_gpu:
+            codes = self._on_gpu(pixels)
+        else:
+            images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
+            codes = torch.cat([self._codes(image) for image in images.split(1)]).cpu().numpy()
+        lost = (codes < 0).any((1, 2))
+        if lost.any():
+            raise FloatingPointError(
+                f"picture {int(lost.argmax())} of {len(pixels)}: {self.name!r} computes numbers that {self.dtype} cannot "
+                "hold; load it with bfloat16 or float32."
+            )
+        return codes
+
+    def agreement(self, reference: "ImageTokenizer", pixels: NDArray[np.uint8]) -> float:
+        """Share of the codes of pictures that equal those of `reference`, the same tokenizer in float32, say."""
+        return float((self.encode(pixels) == reference.encode(pixels)).mean())
 
     @torch.inference_mode()
     def decode(self, codes: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
@@ -244,10 +301,11 @@ class ImageTokenizer:
         return self.model.quant_conv.weight.device
 
     def _codes(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, H, W, 3] to int64 [B, R, C]."""
-        latents = self.model.latents(as_images(pixels, self.model.quant_conv.weight.dtype))
-        _, _, (_, _, indices) = self.model.quantize(latents.float())
-        return indices
+        """uint8 [B, H, W, 3] to int32 [B, R, C]; -1 where a latent vector is not finite."""
+        with _exact_convolutions():
+            latents = self.model.latents(as_images(pixels, self.dtype)).float()
+            _, _, (_, _, indices) = self.model.quantize(latents)
+        return torch.where(latents.isfinite().all(1), indices, -1).to(torch.int32)
 
     def _pixels(self, codes: Tensor) -> Tensor:
         """int64 [B, R, C] to uint8 [B, H, W, 3]."""
@@ -274,6 +332,28 @@ class ImageTokenizer:
                 f"code {int(codes[picture, row, column])} of picture {picture} at row {row}, column {column} lies "
                 f"outside the codebook of {self.name!r}, [0, {self.codebook_size}); {int(outside.sum())} such code(s)."
             )
+
+
+def _fused_encoder(model: VQGAN, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The encoder of a float32 model on a GPU, in half precision; the model's own weights are no longer needed for it."""
+    # Only here: it needs Triton, which torch for the CPU lacks.
+    from pipelines.tokenizers.vqgan_encoder import FusedEncoder
+    from pipelines.tokenizers.vqgan_kernels import Codebook
+
+    quantizer = model.quantize
+    if isinstance(quantizer, GumbelQuantizer):
+        codebook = Codebook.of(quantizer.proj.weight.flatten(1), quantizer.proj.bias)  # type: ignore[arg-type]
+    else:
+        entries = quantizer.embedding.weight
+        codebook = Codebook.of(entries, -entries.square().sum(1) / 2)
+    return FusedEncoder(model.encoder, model.quant_conv, codebook, dtype)
+
+
+@contextlib.contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """float32 as on the CPU: cuDNN would round to TF32, and would choose an algorithm by timing."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
 
 
 def as_images(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,6 +14,7 @@ from pipelines.corpus.errors import MediaError
 from pipelines.corpus.pictures import Pixels
 from pipelines.sequence import VocabularyError
 from pipelines.tokenizers.checkpoint import CheckpointError, checkpoint_sha256, write_checkpoint
+from pipelines.tokenizers.image_card import record_agreement
 from pipelines.tokenizers.image_data import is_held_out, read_pictures
 from pipelines.tokenizers.image_losses import chroma_error, reconstruction_loss, without_chroma
 from pipelines.tokenizers.image_start import start_as_pyramid
@@ -138,6 +139,45 @@ def test_pixels_and_codes_of_another_shape_or_dtype_are_refused(tokenizer: Image
         tokenizer.decode(np.ones((1, 8, 8)))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"found int32 \[8, 8\]"):
         tokenizer.decode(np.ones((8, 8), np.int32))
+
+
+def test_another_dtype_agrees_in_most_codes_and_the_share_is_measured(folder: Path, tokenizer: ImageTokenizer) -> None:
+    pictures = _pictures(8)
+    coarse = ImageTokenizer.load(folder, dtype=torch.bfloat16)
+    share = coarse.agreement(tokenizer, pictures)
+    assert 0.8 < share < 1
+    assert share == (coarse.encode(pictures) == tokenizer.encode(pictures)).mean()
+    assert tokenizer.agreement(tokenizer, pictures) == 1
+
+
+def test_agreement_is_recorded_in_the_card_beside_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "card.json").write_text('{"name": "tiny", "agreement": {"float16": {"equal": 0.5}}}')
+    record_agreement(tmp_path, "bfloat16", 0.9712345, over="8 pictures", hardware="a GPU")
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["name"] == "tiny"
+    assert card["agreement"] == {
+        "float16": {"equal": 0.5},
+        "bfloat16": {"equal": 0.97123, "over": "8 pictures", "hardware": "a GPU"},
+    }
+
+
+def test_a_dtype_or_batch_size_that_makes_no_tokenizer_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"float32, float16 or bfloat16 .* found torch\.float64 and 64"):
+        ImageTokenizer.load(folder, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"positive batch size, found torch\.float32 and 0"):
+        ImageTokenizer.load(folder, batch_size=0)
+
+
+def test_a_picture_whose_activations_overflow_is_refused_by_number(tmp_path: Path) -> None:
+    model = _random_model()
+    with torch.no_grad():
+        model.encoder.conv_in.weight.fill_(1e4)
+    where = write_checkpoint(tmp_path / "loud", TINY.to_json(), model.state_dict())
+    pictures = np.full((2, 32, 32, 3), 128, np.uint8)
+    pictures[1] = 255
+    with pytest.raises(FloatingPointError, match=r"picture 1 of 2: 'loud' computes numbers that torch\.float16 cannot"):
+        ImageTokenizer.load(where, dtype=torch.float16).encode(pictures)
+    ImageTokenizer.load(where).encode(pictures)
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import pickle
 import random
@@ -109,6 +110,72 @@ def test_any_model_gives_the_librarys_ids(options: dict[str, object], tmp_path: 
     assert tokenizer.name == "tiny"
     plain = options["model_type"] == "bpe" and len(options) == 2
     assert not plain or tokenizer.divisible
+
+
+ALPHABETS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"])),
+    st.text(" \t\n\u3000\u2581ab0<>/s\u200d\u0301é中", max_size=30),
+    st.lists(st.sampled_from([*WORDS, "</s>", "<unk>", "<0x0A>", "[INST]"])).map(" ".join),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=ALPHABETS)
+def test_the_fast_engine_gives_the_librarys_ids(mistral: TextTokenizer, text: str) -> None:
+    assert mistral.engine == "gigatoken"
+    (ids,) = mistral.encode([text])
+    assert (ids.tolist(), ids.dtype) == (mistral.processor.encode(text), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"model_type": "bpe", "vocab_size": 400, "byte_fallback": True}, "normalizes its text"),
+        ({"model_type": "unigram", "vocab_size": 120, "normalization_rule_name": "identity"}, "unigram"),
+        ({"model_type": "bpe", "vocab_size": 150, "normalization_rule_name": "identity"}, "byte_fallback"),
+    ],
+)
+def test_a_model_that_the_fast_engine_cannot_encode_is_left_to_the_library(
+    options: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    model = trained(tmp_path, **options)
+    assert TextTokenizer.load(model).engine == "sentencepiece"
+    with pytest.raises(CheckpointError, match=f"gigatoken cannot encode with this model: .*{reason}"):
+        TextTokenizer.load(model, engine="gigatoken")
+
+
+def test_user_defined_pieces_have_the_librarys_ids(tmp_path: Path) -> None:
+    model = trained(
+        tmp_path,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["[REF]", "ciel est"],
+    )
+    tokenizer = TextTokenizer.load(model)
+    texts = ["le ciel est bleu", "une [REF] pomme", "une pomme"]
+    assert tokenizer.engine == "gigatoken"
+    assert [ids.tolist() for ids in tokenizer.encode(texts)] == [tokenizer.processor.encode(text) for text in texts]
+
+
+def test_an_engine_that_errs_is_caught_by_the_check(mistral: TextTokenizer) -> None:
+    tokenizer = TextTokenizer.from_bytes(mistral.model, "erring")
+    assert tokenizer.fast
+    tokenizer.encode(["une pomme"] * 1024)
+    tokenizer.fast._processor = sentencepiece.SentencePieceProcessor(
+        model_file=str(Path(mistral_common_folder()) / "mistral_instruct_tokenizer_240323.model.v3")
+    )
+    with pytest.raises(CheckpointError, match=r"set tokenizers\.text\.engine to sentencepiece"):
+        tokenizer.encode(["une pomme"] * 1024)
+
+
+def mistral_common_folder() -> str:
+    spec = importlib.util.find_spec("mistral_common")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return f"{spec.submodule_search_locations[0]}/data"
 
 
 def test_ids_outside_the_pieces_are_refused(mistral: TextTokenizer) -> None:

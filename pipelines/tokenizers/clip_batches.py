@@ -1,0 +1,100 @@
+"""Clips of any length through an encoder on a GPU, in batches; while one is computed, the next is on its way.
+
+Enters: float32 waveforms in host memory. Leaves: int32 codes [frames, n_q] of each, in the same order. Always holds: at
+most two batches are in flight, each of a bounded number of samples. The encoder's codes of a clip must not depend on its
+batch, nor on the silence after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BATCH_SAMPLES = 64 * 2**20
+"""Samples of a batch, padding included, unless one clip alone has more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A batch whose codes the device still computes."""
+
+    indices: list[int]
+    codes: Tensor
+    """In pinned memory, complete once the event has happened."""
+    landed: torch.cuda.Event
+
+
+class ClipBatches:
+    """Encodes clips on one CUDA device.
+
+    Args:
+        encode: float32 [B, F * hop] on the device -> integers [B, F, n_q] on the device.
+        hop: Samples a frame.
+        least_frames: Shorter clips are filled up with silence to so many frames; the silence's codes are dropped.
+        batch_size: At most so many clips at a time.
+        device: A CUDA device.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        *,
+        hop: int,
+        least_frames: int,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self.encode, self.device = encode, device
+        self.hop, self.least_frames, self.batch_size = hop, least_frames, batch_size
+        self._copies = torch.cuda.Stream(self.device)
+
+    def __call__(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
+        frames = [-(-len(waveform) // self.hop) for waveform in waveforms]
+        codes: list[np.ndarray] = [np.empty(0)] * len(waveforms)
+        flights: list[_Flight] = []
+
+        def land() -> None:
+            flight = flights.pop(0)
+            flight.landed.synchronize()
+            for row, index in enumerate(flight.indices):
+                codes[index] = (
+                    flight.codes[row, : frames[index]].numpy().astype(np.int32)
+                )  # A copy: the batch's memory is used again.
+
+        for indices in batches(frames, self.hop, self.batch_size):
+            longest = max(self.least_frames, frames[indices[0]])
+            flights.append(self._start(indices, [waveforms[index] for index in indices], longest))
+            if len(flights) == 2:
+                land()
+        while flights:
+            land()
+        return codes
+
+    def _start(self, indices: list[int], waveforms: list[np.ndarray], frames: int) -> _Flight:
+        rows = torch.empty(len(waveforms), frames * self.hop, pin_memory=True)
+        for row, waveform in zip(rows, waveforms, strict=True):
+            row[: len(waveform)] = torch.from_numpy(np.ascontiguousarray(waveform, np.float32))
+            row[len(waveform) :] = 0
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copies):
+            given = rows.to(self.device, non_blocking=True)
+        current.wait_stream(self._copies)
+        given.record_stream(current)
+        found = self.encode(given)
+        codes = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
+        landed = torch.cuda.Event()
+        landed.record(current)
+        return _Flight(indices, codes, landed)
+
+
+def batches(frames: Sequence[int], hop: int, batch_size: int) -> Iterator[list[int]]:
+    """Clips to compute together, the longest first, so that little of a batch is padding: indices."""
+    order = sorted(range(len(frames)), key=lambda index: -frames[index])
+    while order:
+        size = max(1, min(batch_size, BATCH_SAMPLES // (frames[order[0]] * hop)))
+        yield order[:size]
+        order = order[size:]

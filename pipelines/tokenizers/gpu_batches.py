@@ -1,0 +1,103 @@
+"""Any number of items through a GPU function that takes a fixed number.
+
+What enters: a NumPy array of items of one shape. What leaves: the function's results, in order. What always holds: the
+function sees batches of one size, the last filled up with zeros, because GPU libraries choose their algorithms by
+size and other algorithms round otherwise; so what becomes of an item does not depend on how many came with it. While
+the GPU computes one batch, the next is on its way: over pinned memory, on a stream of its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """One of the two ways to the GPU, which take turns."""
+
+    staged: Tensor
+    """In pinned memory."""
+    given: Tensor
+    """On the GPU."""
+    copied: torch.cuda.Event
+    """`staged` may be written again."""
+    taken: torch.cuda.Event
+    """`given` may be written again."""
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "_Lane":
+        staged = torch.empty(shape, dtype=dtype, pin_memory=True)
+        return cls(staged, torch.empty(shape, dtype=dtype, device=device), torch.cuda.Event(), torch.cuda.Event())
+
+
+class FixedBatches:
+    """A function on the GPU, run over arrays."""
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], batch_size: int, device: torch.device, *, graph: bool
+    ) -> None:
+        """Prepare to run `function`.
+
+        Args:
+            function: Takes [batch_size, ...] on `device` and returns one result an item, on `device`.
+            graph: Record the function once for each shape of item and replay it, which spares the time to launch its many
+                kernels. It must then do the same for all values, and never wait for the GPU.
+        """
+        self.function = function
+        self.batch_size = batch_size
+        self.device = device
+        self._copies = torch.cuda.Stream(device)
+        self._graphs: dict[tuple[int, ...], Callable[[Tensor], Tensor]] | None = {} if graph else None
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, items: NDArray[Any]) -> NDArray[Any]:
+        """Results of all items; there must be at least one."""
+        with torch.cuda.device(self.device):
+            return self._run(items)
+
+    def _run(self, items: NDArray[Any]) -> NDArray[Any]:
+        shape = (self.batch_size, *items.shape[1:])
+        dtype = torch.from_numpy(items[:0].copy()).dtype
+        lanes = [_Lane.of(shape, dtype, self.device) for _ in range(min(2, -(-len(items) // self.batch_size)))]
+        compute = self.function if self._graphs is None else self._recorded(shape, dtype, self._graphs)
+        now = torch.cuda.current_stream()
+        results = []
+        for index, start in enumerate(range(0, len(items), self.batch_size)):
+            lane = lanes[index % 2]
+            lane.copied.synchronize()
+            part = items[start : start + self.batch_size]
+            staged = lane.staged.numpy()
+            staged[: len(part)] = part
+            staged[len(part) :] = 0
+            with torch.cuda.stream(self._copies):
+                self._copies.wait_event(lane.taken)
+                lane.given.copy_(lane.staged, non_blocking=True)
+                lane.copied.record()
+            now.wait_event(lane.copied)
+            results.append(compute(lane.given))
+            lane.taken.record()
+        return torch.cat(results)[: len(items)].cpu().numpy()
+
+    def _recorded(
+        self, shape: tuple[int, ...], dtype: torch.dtype, graphs: dict[tuple[int, ...], Callable[[Tensor], Tensor]]
+    ) -> Callable[[Tensor], Tensor]:
+        """The function as a graph. All graphs share their memory, so a result is copied before the next replay."""
+        if shape not in graphs:
+            given = torch.zeros(shape, dtype=dtype, device=self.device)
+            self.function(given)  # Compiles kernels and lets libraries choose theirs, which recording cannot.
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = self.function(given)
+
+            def replay(batch: Tensor) -> Tensor:
+                given.copy_(batch)
+                graph.replay()
+                return result.clone()
+
+            graphs[shape] = replay
+        return graphs[shape]
