@@ -40,7 +40,9 @@ class Sequence:
 
     def count(self, modality: Modality) -> int:
         """Tokens of a modality; special tokens are text."""
-        return int(np.count_nonzero(self.modality_ids == modality))
+        if modality is Modality.TEXT:
+            return len(self.token_ids) - sum(s.length for s in self.spans if s.modality is not Modality.TEXT)
+        return sum(s.length for s in self.spans if s.modality is modality)
 
 
 def sequence_length(spans: list[EncodedSpan]) -> int:

@@ -44,7 +44,10 @@ class Modality(IntEnum):
     @property
     def label(self) -> str:
         """The name users read and write: text, image, audio."""
-        return self.name.lower()
+        return _LABELS[self]
+
+
+_LABELS = ("text", "image", "audio")
 
 
 class SequenceError(ValueError):

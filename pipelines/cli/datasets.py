@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.options import AsJson, DatasetArgument, Overrides, Recipe, Version, out
+from pipelines.cli.options import AsJson, DatasetArgument, DryRun, Overrides, Reasons, Recipe, Version, out
+
+if TYPE_CHECKING:
+    from pipelines.tokenize.planning import Request
 
 app = typer.Typer()
 quarantine_app = typer.Typer(help="What could not be tokenized, and why.", no_args_is_help=True)
@@ -18,12 +22,22 @@ quarantine_app = typer.Typer(help="What could not be tokenized, and why.", no_ar
 def tokenize(
     recipe: Recipe,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    dry_run: DryRun = False,
+    retire_missing: Annotated[
+        bool, typer.Option("--retire-missing", help="Remove the rows of inputs that the sources no longer list.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Retire even more than half of a source.")] = False,
 ) -> None:
     """Turn raw text, pictures and sound into a token dataset.
 
     Only what is new or changed since the last run is done, exactly once, wherever an earlier run was stopped.
     """
+    from pipelines.tokenize.planning import Request
+
+    _tokenize(recipe, overrides, Request(retire_missing=retire_missing, force=force), dry_run=dry_run)
+
+
+def _tokenize(recipe: str, overrides: list[str] | None, request: Request, *, dry_run: bool) -> None:
     from pipelines.recipe import dump_recipe, read_recipe
     from pipelines.tokenize.recipe import TokenizeRecipe
 
@@ -32,13 +46,13 @@ def tokenize(
         from pipelines.tokenize.estimate import estimate, render
 
         out.print(dump_recipe(settings), markup=False, highlight=False, soft_wrap=True)
-        render(estimate(settings), out, settings.workers)
+        render(estimate(settings, request), out, settings.workers)
         return
     from pipelines.tokenize.job import tokenize as run
     from pipelines.tokenize.progress import ProgressBar
 
     with ProgressBar(out) as progress:
-        summary = run(settings, progress)
+        summary = run(settings, progress, request)
     if not summary.units:
         out.print(
             f"{summary.dataset}: nothing to do, all {summary.already_done:,} units are in version {summary.version}."
@@ -95,7 +109,10 @@ def show(
 
 @app.command()
 def verify(dataset: DatasetArgument, version: Version = None) -> None:
-    """Read a whole dataset and check it: checksums, schema, ids, grammar, counts, row ids. Exit code 1 on any fault."""
+    """Read a whole dataset and check it: files, checksums, schema, ids, grammar, counts, row ids, quarantine.
+
+    Exit code 1 on any fault.
+    """
     from pipelines.shards.dataset import Dataset
     from pipelines.shards.verify import verify as run
 
@@ -114,14 +131,75 @@ def verify(dataset: DatasetArgument, version: Version = None) -> None:
 
 
 @quarantine_app.command("list")
-def quarantine_list(dataset: DatasetArgument, version: Version = None, as_json: AsJson = False) -> None:
-    """List what could not be tokenized, with the reason."""
+def quarantine_list(
+    dataset: DatasetArgument, reason: Reasons = None, version: Version = None, as_json: AsJson = False
+) -> None:
+    """List what could not be tokenized, with the reason, and count it by reason."""
     from pipelines.shards.dataset import Dataset
 
-    rows = Dataset.open(dataset, version).quarantined()
+    rows = Dataset.open(dataset, version).quarantined(reason or ())
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     for row in rows:
         out.print(f"{row['source']}: {row['reason']}: {row['error']}", markup=False, highlight=False, soft_wrap=True)
+    for name, count in Counter(row["reason"] for row in rows).most_common():
+        out.print(f"{count:,} {name}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"{len(rows):,} documents in quarantine.")
+
+
+@quarantine_app.command("retry")
+def quarantine_retry(
+    recipe: Recipe, overrides: Overrides = None, reason: Reasons = None, dry_run: DryRun = False
+) -> None:
+    """Do the units with rejects of the recipe's dataset again, besides what is new or changed.
+
+    For faults that have passed or were mended outside of the inputs. What can be read now gets in, and no row twice.
+    """
+    from pipelines.tokenize.planning import Request
+
+    _tokenize(recipe, overrides, Request(retry=True, reasons=tuple(reason or ())), dry_run=dry_run)
+
+
+@app.command()
+def vacuum(
+    dataset: DatasetArgument,
+    dry_run: DryRun = False,
+    older_than_hours: Annotated[
+        float, typer.Option(min=0, help="Keep younger files: they may belong to a running job.")
+    ] = 24.0,
+    keep_versions: Annotated[
+        int | None, typer.Option(min=1, help="Drop all but so many versions; by default every version stays.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name every file.")] = False,
+) -> None:
+    """Remove files that no version of a dataset needs: what killed and losing attempts have left.
+
+    With --keep-versions also what only older versions need; they cannot be opened any more then.
+    """
+    from pipelines.shards.dataset import Dataset
+    from pipelines.shards.vacuum import vacuum as run
+
+    opened = Dataset.open(dataset)
+    done = run(opened, older_than_hours=older_than_hours, keep_versions=keep_versions, dry_run=dry_run)
+    for file in done.removed if verbose else ():
+        out.print(f"{file.kind}: {file.path}", markup=False, highlight=False, soft_wrap=True)
+    kinds = Counter(file.kind for file in done.removed)
+    what = ", ".join(f"{count:,} {kind} files" for kind, count in kinds.items()) or "no files"
+    verb = "would remove" if dry_run else "removed"
+    out.print(
+        f"{dataset}: {verb} {what}, {done.size:,} bytes; versions {done.oldest} to {opened.version} stay.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def migrate(dataset: DatasetArgument) -> None:
+    """Bring a dataset that an older Braid has written to the format of this one."""
+    from pipelines.shards.migrate import migrate as run
+
+    before, after = run(dataset)
+    done = "is in" if before == after else f"was in format {before} and is now in"
+    out.print(f"{dataset}: {done} format {after}.", markup=False, highlight=False, soft_wrap=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.corpus.documents import RawSpan
-from pipelines.corpus.media_folder import EXTENSIONS
-from pipelines.corpus.pictures import fit_picture, load_picture
-from pipelines.corpus.sounds import load_sound
+from pipelines.corpus.media_types import EXTENSIONS
+from pipelines.corpus.pictures import fit_to_codes, load_picture
+from pipelines.corpus.sounds import equal_parts, load_sound
 from pipelines.generate.errors import GenerateError
 from pipelines.interleave import EncodedSpan, interleave
 from pipelines.sequence import Ids, Modality, ModalityIds, Vocabulary
@@ -97,15 +97,20 @@ def _encode(span: RawSpan, vocabulary: Vocabulary, tokenizers: Tokenizers) -> li
         return [EncodedSpan(modality=span.modality, codes=codes, uri=span.uri)] if len(codes) else []
     made_with = vocabulary.preprocessing.get(span.modality.label, {})
     if span.modality is Modality.IMAGE and tokenizers.image is not None:
-        f = tokenizers.image.downsampling
-        size = (made_with["rows"] * f, made_with["columns"] * f)
-        pixels = fit_picture(load_picture(span.data, span.uri), size, multiple=f, mode=made_with["fit"])
+        background = tuple(made_with["background"])
+        pixels = fit_to_codes(
+            load_picture(span.data, span.uri, background),
+            rows=made_with["rows"],
+            columns=made_with["columns"],
+            downsampling=tokenizers.image.downsampling,
+            fit=made_with["fit"],
+            background=background,
+        )
         return [EncodedSpan(modality=span.modality, codes=tokenizers.image.encode(pixels[None])[0], uri=span.uri)]
     if span.modality is Modality.AUDIO and tokenizers.audio is not None:
         codec = tokenizers.audio
         waveform = load_sound(span.data, span.uri, codec.sample_rate_hz, loudness_db=made_with["loudness_db"])
-        most = made_with["max_frames"] * codec.hop
-        pieces = [waveform[start : start + most] for start in range(0, len(waveform), most)]
+        pieces = equal_parts(waveform, codec.hop, made_with["max_frames"])
         return [EncodedSpan(modality=span.modality, codes=codes, uri=span.uri) for codes in codec.encode(pieces)]
     raise GenerateError(
         f"prompt: {span.uri}: the checkpoint was trained without {span.modality.label}; leave the file out"

@@ -35,7 +35,7 @@ class Request:
     max_tokens: int = 256
     """The most pieces of a text span."""
     rows: int | None = None
-    """Rows of image codes; by default what the dataset was made with, else the model's choice."""
+    """Rows of image codes; by default what all pictures of the dataset have, else the model's choice."""
     columns: int | None = None
     seconds: float | None = None
     """Length of an audio span; by default the model's choice, up to the longest span of the dataset."""
@@ -135,10 +135,12 @@ def _wish(request: Request, modality: Modality, vocabulary: Vocabulary, frame_ra
     if modality is Modality.TEXT:
         return Wish(modality=modality, limit=request.max_tokens)
     if modality is Modality.IMAGE:
+        # With buckets, rows and columns are a budget, and pictures have various shapes.
+        shape = {} if made_with.get("fit") == "buckets" else made_with
         return Wish(
             modality=modality,
-            rows=request.rows or made_with.get("rows"),
-            columns=request.columns or made_with.get("columns"),
+            rows=request.rows or shape.get("rows"),
+            columns=request.columns or shape.get("columns"),
         )
     frames = None if request.seconds is None else max(1, round(request.seconds * frame_rate_hz))
     if frames is not None and frames > MAX_FRAMES:

@@ -3,6 +3,7 @@
 Enters: the columns `source`, `num_tokens` and, for long documents with media, `spans`. Leaves: an `Index` of pieces.
 A piece is a document, or part of one that is longer than a training sequence. Always holds: the pieces of a document
 cover it without overlap, none is longer than a sequence, and no cut lies inside a media span or its opening tokens.
+Of a dataset that drops duplicates, each content is there once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.interleave import MEDIA_OPENING
+from pipelines.loading.duplicates import copies
 from pipelines.sequence import Modality, Vocabulary
 from pipelines.shards.reader import open_shard
 from pipelines.shards.split import is_validation
@@ -43,6 +45,7 @@ class Snapshot(Protocol):
     storage: Storage
     vocabulary: Vocabulary
     validation_share: float
+    duplicates: str
 
     @property
     def uri(self) -> str: ...
@@ -84,6 +87,8 @@ class Index:
     """Whether the document ends with the piece. The last token of other pieces predicts the first of the next one."""
     validation: Bools
     """Whether the document is held out."""
+    duplicates: int
+    """Documents of the version that are left out because another one, of either split, has the same content."""
 
     @classmethod
     def build(cls, dataset: Snapshot, sequence_length: int) -> Index:
@@ -112,7 +117,7 @@ class Index:
         block_ids, row, start, length, ends, validation = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )
-        return cls(
+        index = cls(
             dataset=dataset,
             sequence_length=sequence_length,
             blocks=blocks,
@@ -122,11 +127,22 @@ class Index:
             length=length.astype(np.int32),
             ends=ends.astype(np.bool_),
             validation=validation.astype(np.bool_),
+            duplicates=0,
         )
+        return index._distinct() if dataset.duplicates == "drop" else index
 
     def split(self, *, validation: bool) -> Index:
         """The index of one split alone."""
-        keep = self.validation == validation
+        return self._only(self.validation == validation)
+
+    def _distinct(self) -> Index:
+        """The index without documents whose content another one has."""
+        copy = copies(self.dataset.storage, self.blocks)
+        rows = np.array([block.rows for block in self.blocks], np.int64)
+        document = (np.cumsum(rows) - rows)[self.block] + self.row
+        return replace(self._only(~copy[document]), duplicates=int(np.count_nonzero(copy)))
+
+    def _only(self, keep: Bools) -> Index:
         names = ("block", "row", "start", "length", "ends", "validation")
         return replace(self, **{name: getattr(self, name)[keep] for name in names})
 

@@ -228,13 +228,14 @@ def _resume(
 def _opening(recipe: PretrainRecipe, index: Index, model: ShardedTransformer, start: int, ranks: Ranks) -> str:
     begun = f"Going on from step {start:,} of {recipe.total_steps:,}" if start else f"{recipe.total_steps:,} steps"
     backend = model.attention_backend_for(ranks.device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    without = f", {index.duplicates:,} duplicates left out" if index.duplicates else ""
     ranks_used = f"{ranks.world_size} x {ranks.device.type}" if ranks.world_size > 1 else ranks.device.type
     return (
         f"{begun} of {recipe.tokens_per_step:,} tokens, in {recipe.output}\n"
         f"model: {model.config.num_parameters():,} parameters, {recipe.precision} on {ranks_used}, attention by "
         f"{backend}\n"
         f"data: {index.documents:,} documents of {index.tokens:,} tokens to train on, from {index.dataset.uri} version "
-        f"{index.dataset.version}"
+        f"{index.dataset.version}{without}"
     )
 
 

@@ -5,67 +5,49 @@
     DATASET/quarantine/   Delta table: what could not be tokenized, one file for each shard that had rejects
     DATASET/statistics/   one roll-up for each version
     DATASET/recipes/      the resolved recipe of each run
+    DATASET/sources.json  what these recipes say of each source, so that a job need not read all of them
+    DATASET/vacuumed/     an empty file named for the oldest version that a vacuum has left
 
 Always holds: a work unit is in the table once or not at all. Each commit is a compare-and-swap over one counter, so of
-two jobs that finished the same unit one wins and the other's file stays an orphan.
+two jobs that finished the same unit one wins and the other's file stays an orphan. A commit costs what it changes: of
+what was committed before only names are kept, and only what others committed meanwhile is read.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, KeysView
 from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, Transaction
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+import pyarrow.fs as pafs
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
+from pipelines.crash import crash_point
 from pipelines.sequence import Vocabulary
-from pipelines.shards.reader import open_shard, read_footer
+from pipelines.shards.delta import create_table, is_table, open_table, require_compare_and_swap, swap, update
+from pipelines.shards.held import Held, Shard, unit_of
+from pipelines.shards.log import File, changes
+from pipelines.shards.migrate import DatasetError, require_this_format
+from pipelines.shards.quarantine import Quarantine
+from pipelines.shards.reader import open_shard
+from pipelines.shards.rollup import roll_up, statistics_of
 from pipelines.shards.schema import FORMAT_VERSION, SCHEMA
 from pipelines.shards.statistics import Statistics
 from pipelines.shards.storage import Storage
-from pipelines.shards.writer import REJECT_SCHEMA, WrittenShard
+from pipelines.shards.writer import WrittenShard
 
-_APP = "braid"
-"""Application id of the commits' counter."""
+__all__ = ["Dataset", "DatasetError", "Shard"]
 
 _COMMIT_TRIES = 20
 
 
 def _none(units: Collection[str]) -> set[str]:
     return set()
-
-
-class DatasetError(ValueError):
-    """A dataset cannot be opened or used as asked. The message says what to do."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
-    """One committed Parquet file."""
-
-    name: str
-    path: str
-    """Where the file lies: a local path, or a key with its bucket for an object store."""
-    size: int
-    """Bytes."""
-    rows: int
-
-    @property
-    def unit(self) -> str:
-        """The work unit that the shard holds."""
-        return unit_of(self.name)
-
-
-def unit_of(name: str) -> str:
-    """The unit in a shard's file name `<unit>-<attempt>-<footer checksum>.parquet`."""
-    return name.partition("-")[0]
 
 
 class Dataset:
@@ -75,17 +57,18 @@ class Dataset:
         self.storage = storage
         self._table = table
         settings = table.metadata().configuration
-        written = int(settings.get("braid.format_version", "0"))
-        if written != FORMAT_VERSION:
-            raise DatasetError(
-                f"{storage.uri}: written in format {written}, this Braid reads {FORMAT_VERSION}; "
-                + ("update Braid" if written > FORMAT_VERSION else "it is no Braid dataset, or one of before 0.1")
-            )
+        require_this_format(storage.uri, settings)
         self.vocabulary = Vocabulary.from_dict(json.loads(settings["braid.vocabulary"]))
         self.validation_share = float(settings["braid.validation_share"])
+        self.duplicates = str(settings.get("braid.duplicates", "keep"))
+        """Whether training reads all documents of equal content ("keep"), or one ("drop")."""
+        self.quarantine = Quarantine(storage)
+        self._held_shards: Held | None = None
 
     @classmethod
-    def create(cls, uri: str | Path, vocabulary: Vocabulary, *, validation_share: float) -> Self:
+    def create(
+        cls, uri: str | Path, vocabulary: Vocabulary, *, validation_share: float, duplicates: str = "keep"
+    ) -> Self:
         """Make an empty dataset; fails if there is one."""
         storage = Storage.of(uri)
         configuration: dict[str, str | None] = {
@@ -93,17 +76,18 @@ class Dataset:
             "braid.fingerprint": vocabulary.fingerprint,
             "braid.vocabulary": json.dumps(vocabulary.to_dict()),
             "braid.validation_share": str(validation_share),
+            "braid.duplicates": duplicates,
         }
-        quarantine = storage.below("quarantine").uri
-        DeltaTable.create(quarantine, REJECT_SCHEMA, mode="ignore")
-        table = DeltaTable.create(
-            storage.below("shards").uri, SCHEMA, configuration=configuration, raise_if_key_not_exists=False
+        require_compare_and_swap(storage)
+        Quarantine.create(storage)
+        table = create_table(
+            storage.below("shards"), SCHEMA, configuration=configuration, raise_if_key_not_exists=False
         )
         return cls(storage, table)
 
     @classmethod
     def exists(cls, uri: str | Path) -> bool:
-        return bool(DeltaTable.is_deltatable(Storage.of(uri).below("shards").uri))
+        return is_table(Storage.of(uri).below("shards"))
 
     @classmethod
     def open(cls, uri: str | Path, version: int | None = None) -> Self:
@@ -113,15 +97,21 @@ class Dataset:
             DatasetError: nothing there, no such version, or another format.
         """
         storage = Storage.of(uri)
+        if version is not None and version < (oldest := oldest_version(storage)):
+            raise DatasetError(
+                f"{uri}: version {version} is gone, a `braid vacuum --keep-versions` removed its shards; "
+                f"it has versions {oldest} to {cls.open(uri).version}"
+            )
         try:
-            return cls(storage, DeltaTable(storage.below("shards").uri, version=version))
+            return cls(storage, open_table(storage.below("shards"), version))
         except TableNotFoundError as error:
             raise DatasetError(f"{uri}: no token dataset here; make one with `braid tokenize RECIPE.yaml`") from error
         except DeltaError as error:
             if version is None:
                 raise
             newest = cls.open(uri).version
-            raise DatasetError(f"{uri}: no version {version}; it has versions 0 to {newest}") from error
+            oldest = oldest_version(storage)
+            raise DatasetError(f"{uri}: no version {version}; it has versions {oldest} to {newest}") from error
 
     @property
     def uri(self) -> str:
@@ -133,19 +123,32 @@ class Dataset:
 
     def shards(self) -> list[Shard]:
         """The committed files of this version, by name."""
-        actions = pa.table(self._table.get_add_actions(flatten=True)).select(["path", "size_bytes", "num_records"])
-        folder = self.storage.below("shards")
-        return sorted(
-            (
-                Shard(name=a["path"], path=folder.path(a["path"]), size=a["size_bytes"], rows=a["num_records"])
-                for a in actions.to_pylist()
-            ),
-            key=lambda shard: shard.name,
-        )
+        return sorted(self._held.names.values(), key=lambda shard: shard.name)
+
+    @property
+    def names(self) -> KeysView[str]:
+        """The file names of this version's shards."""
+        return self._held.names.keys()
+
+    @property
+    def units(self) -> KeysView[str]:
+        """The units that this version holds."""
+        return self._held.units.keys()
+
+    @property
+    def _held(self) -> Held:
+        if self._held_shards is None:
+            actions = pa.table(self._table.get_add_actions(flatten=True)).select(["path", "size_bytes", "num_records"])
+            rows = zip(*(column.to_pylist() for column in actions.columns), strict=True)
+            self._held_shards = Held(self.storage.below("shards"), (File(*row) for row in rows))
+        return self._held_shards
 
     def refresh(self) -> None:
-        """Move on to the newest version."""
-        self._table.update_incremental()
+        """Move on to the newest version; only what was committed since is read."""
+        before = self.version
+        update(self.storage.below("shards"), self._table)
+        if self._held_shards and self.version > before:
+            self._held_shards.apply(changes(self.storage.below("shards"), before + 1, self.version))
 
     def commit(
         self, written: Collection[WrittenShard], *, ancestors: Callable[[Collection[str]], set[str]] = _none
@@ -163,105 +166,83 @@ class Dataset:
             What was committed.
 
         Raises:
-            DatasetError: other jobs kept committing first.
+            DatasetError: other jobs kept committing first, or a file is no longer there.
         """
+        self._require_whole(written)
         for attempt in range(_COMMIT_TRIES):
             self.refresh()
-            held = {shard.unit: shard for shard in self.shards()}
-            outdated = ancestors(held)
-            new = [w for w in written if w.unit not in held and w.unit not in outdated]
+            held = self._held.units
+            outdated = ancestors(held.keys())
+            # By unit, should two attempts at one have come to an end.
+            new = list({w.unit: w for w in written if w.unit not in held and w.unit not in outdated}.values())
             if not new:
                 return []
             outdated |= ancestors([w.unit for w in new])
-            removed = [shard for unit, shard in held.items() if unit in outdated]
-            counter = (self._table.transaction_version(_APP) or 0) + 1
+            removed = [held[unit] for unit in outdated if unit in held]
             version = self.version + 1
-            self._commit_rejects(new)
-            now = int(time.time() * 1000)
-            actions: list[AddAction | RemoveAction] = [
-                AddAction(w.name, w.size, {}, now, True, json.dumps({"numRecords": w.rows})) for w in new
-            ]
-            actions += [
-                RemoveAction(path=shard.name, data_change=True, deletion_timestamp=now, size=shard.size)
-                for shard in removed
-            ]
-            try:
-                self._table.create_write_transaction(
-                    actions,
-                    "append",
-                    SCHEMA,
-                    commit_properties=CommitProperties(
-                        app_transactions=[Transaction(_APP, counter)], max_commit_retries=0
-                    ),
-                )
-            except CommitFailedError:
+            crash_point("before_commit")
+            # Before their shards: the quarantine is read through the shards.
+            self.quarantine.add(new)
+            crash_point("after_rejects")
+            if not self._swap(new, removed):
                 # Another job's commit came first. Wait a little longer each time, then look at what it did.
                 time.sleep(0.05 * (attempt + 1))
                 continue
-            self._roll_up(version, new, whole=bool(removed))
+            crash_point("after_commit")
+            roll_up(self.storage, self.vocabulary, version, new, [shard.name for shard in removed])
+            crash_point("after_roll_up")
             self.refresh()
             return new
         raise DatasetError(f"{self.uri}: {_COMMIT_TRIES} commits in a row lost against other jobs; run it again later")
 
-    def _commit_rejects(self, written: Collection[WrittenShard]) -> None:
-        """Name the rejects' files in the quarantine table, before their shards: it is read through the shards."""
-        with_rejects = [w for w in written if w.rejects]
-        if not with_rejects:
-            return
+    def _swap(self, new: Collection[WrittenShard], removed: Collection[Shard]) -> bool:
+        """Make the version after this handle's; False if there is one."""
         now = int(time.time() * 1000)
-        DeltaTable(self.storage.below("quarantine").uri).create_write_transaction(
-            [
-                AddAction(w.name, w.rejects_size, {}, now, True, json.dumps({"numRecords": w.rejects}))
-                for w in with_rejects
-            ],
-            "append",
-            REJECT_SCHEMA,
-        )
+        actions: list[AddAction | RemoveAction] = [
+            AddAction(w.name, w.size, {}, now, True, json.dumps({"numRecords": w.rows})) for w in new
+        ]
+        actions += [
+            RemoveAction(path=shard.name, data_change=True, deletion_timestamp=now, size=shard.size)
+            for shard in removed
+        ]
+        # Delta would drop the log of old versions, and a pinned one must stay readable until a vacuum.
+        return swap(self.storage.below("shards"), self._table, actions, SCHEMA, keep_log=True)
 
-    def quarantined(self) -> list[dict[str, Any]]:
-        """What could not be tokenized: source, position, reason, error, for the units that this version holds."""
-        held = {shard.name for shard in self.shards()}
-        folder = self.storage.below("quarantine")
-        rows: list[dict[str, Any]] = []
-        listed = pa.table(DeltaTable(folder.uri).get_add_actions(flatten=True))["path"].to_pylist()
-        for name in sorted(set(listed) & held):
-            rows += pq.read_table(folder.path(name), filesystem=folder.filesystem).to_pylist()
-        return rows
+    def _require_whole(self, written: Collection[WrittenShard]) -> None:
+        """Never name a file that is not there: a vacuum may have taken one that waited too long for its commit."""
+        infos = self.storage.below("shards").info([w.name for w in written])
+        for shard, info in zip(written, infos, strict=True):
+            if info.type == pafs.FileType.NotFound or info.size != shard.size:
+                raise DatasetError(
+                    f"{info.path}: written with {shard.size} bytes, but now {'missing' if info.size is None else info.size}; "
+                    "it is not committed. Run the job again, and vacuum with more --older-than-hours than a job takes"
+                )
+
+    def quarantined(self, reasons: Collection[str] = ()) -> list[dict[str, Any]]:
+        """What could not be tokenized: source, position, reason, error, for the units that this version holds.
+
+        Args:
+            reasons: only these; all if there are none.
+        """
+        rows = [row for file in self.quarantine.files(self.names) for row in self.quarantine.read(file).to_pylist()]
+        return [row for row in rows if not reasons or row["reason"] in reasons]
+
+    def rejects(self) -> int:
+        """How many documents are quarantined; no file is read for it."""
+        return sum(file.rows for file in self.quarantine.files(self.names))
+
+    def rejected_units(self, reasons: Collection[str] = ()) -> set[str]:
+        """The units of this version that have rejects, or rejects for one of these reasons."""
+        files = self.quarantine.files(self.names)
+        return {
+            unit_of(file.name)
+            for file in files
+            if not reasons or not set(reasons).isdisjoint(self.quarantine.read(file)["reason"].to_pylist())
+        }
 
     def statistics(self) -> Statistics:
-        """The statistics of this version, from its roll-up.
-
-        Where a job died between its commit and its roll-up, the footers of the shards since the last one are added.
-        """
-        name = _roll_up_name(self.version)
-        if self.storage.exists(name):
-            return Statistics.from_json(json.loads(self.storage.read(name)))
-        rolled = [int(n.removesuffix(".json")) for n in self.storage.names("statistics")]
-        earlier = max((v for v in rolled if v < self.version), default=None)
-        statistics, known = Statistics.empty(self.vocabulary), set()
-        names = {shard.name for shard in self.shards()}
-        if earlier is not None:
-            base = type(self).open(self.uri, earlier)
-            known = {shard.name for shard in base.shards()}
-            if known <= names:
-                statistics = base.statistics()
-            else:
-                known = set()
-        for missing in sorted(names - known):
-            footer = read_footer(self.storage, missing)
-            statistics.merge(Statistics.from_json(json.loads(footer["statistics"])))
-        return statistics
-
-    def _roll_up(self, version: int, new: Collection[WrittenShard], *, whole: bool) -> None:
-        """Write the statistics of the version that this commit made, whatever others have committed since."""
-        previous = _roll_up_name(version - 1)
-        if whole or not self.storage.exists(previous):
-            statistics = type(self).open(self.uri, version).statistics()
-        else:
-            statistics = Statistics.from_json(json.loads(self.storage.read(previous)))
-            for shard in new:
-                statistics.merge(Statistics.from_json(shard.statistics))
-        self.storage.write(_roll_up_name(version), json.dumps(statistics.to_json()).encode())
+        """The statistics of this version, from its roll-up."""
+        return statistics_of(self.storage, self.vocabulary, self.version)
 
     def read(self, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
         """All rows, shard by shard in the order of their names, checksums verified."""
@@ -270,5 +251,6 @@ class Dataset:
                 yield from file.iter_batches(batch_size=4096, columns=columns)
 
 
-def _roll_up_name(version: int) -> str:
-    return f"statistics/{version:020d}.json"
+def oldest_version(dataset: Storage) -> int:
+    """The oldest version that vacuums have left readable."""
+    return max((int(name) for name in dataset.names("vacuumed")), default=0)

@@ -1,7 +1,7 @@
 """Open a committed shard so that no flipped bit of it is ever taken for data.
 
-Parquet's page checksums cover the pages; the footer has none of its own. So a shard's file name ends in the CRC-32 of its
-footer, and every reader opens shards here.
+A shard's file name ends in the CRC-32 of its footer, and the footer holds one of each column chunk. Every reader opens
+shards here.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import zlib
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.shards.checksums import KEY, CheckedFile, ShardError
 from pipelines.shards.storage import Storage
+
+__all__ = ["ShardError", "footer_checksum", "open_shard", "read_footer"]
 
 _TAIL = 8
 """A Parquet file ends in the footer's length (4 bytes, little-endian) and `PAR1`."""
-
-
-class ShardError(ValueError):
-    """A shard's bytes are not those that were committed."""
 
 
 def footer_checksum(tail: bytes) -> str:
@@ -32,13 +31,13 @@ def footer_checksum(tail: bytes) -> str:
 
 
 def open_shard(dataset: Storage, name: str) -> pq.ParquetFile:
-    """Open a shard of a dataset, its footer checked now and its pages as they are read.
+    """Open a shard of a dataset, its footer checked now and its chunks as they are read.
 
     Raises:
         ShardError: the footer is not the one that was written; the message names file and remedy.
     """
     path = dataset.path(f"shards/{name}")
-    source = dataset.filesystem.open_input_file(path)
+    source = dataset.open(f"shards/{name}")
     try:
         size = source.size()
         length = int.from_bytes(source.read_at(_TAIL, max(size - _TAIL, 0))[:4], "little")
@@ -48,7 +47,12 @@ def open_shard(dataset: Storage, name: str) -> pq.ParquetFile:
                 f"{path}: the footer is damaged (its checksum is not the one in the file's name); restore the file from "
                 "a copy, or remove it from the dataset and tokenize its inputs again"
             )
-        return pq.ParquetFile(source, metadata=pq.read_metadata(pa.BufferReader(tail)), page_checksum_verification=True)
+        metadata = pq.read_metadata(pa.BufferReader(tail))
+        if KEY.encode() not in (metadata.metadata or {}):
+            # A shard without rows, or one of before there were checksums of chunks.
+            return pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
+        checked = pa.PythonFile(CheckedFile(source, path, metadata), mode="r")
+        return pq.ParquetFile(checked, metadata=metadata)
     except BaseException:
         source.close()
         raise

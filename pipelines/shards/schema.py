@@ -10,7 +10,9 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipelines.interleave import Sequence
 from pipelines.sequence import Modality
@@ -58,30 +60,28 @@ class Row:
 def to_arrow(rows: Rows[Row]) -> pa.RecordBatch:
     """Rows as one Arrow batch of `SCHEMA`."""
     sequences = [row.sequence for row in rows]
+    lengths = np.array([len(s.token_ids) for s in sequences], np.int32)
+    spans = [span for s in sequences for span in s.spans]
     columns: list[Any] = [
         pa.array([row.row_id for row in rows], pa.string()),
         pa.array([row.content_hash for row in rows], pa.string()),
         pa.array([row.source for row in rows], pa.string()),
-        pa.array([s.token_ids for s in sequences], SCHEMA.field("token_ids").type),
-        pa.array([s.modality_ids for s in sequences], SCHEMA.field("modality_ids").type),
-        pa.array(
-            [
-                [
-                    {
-                        "modality": int(span.modality),
-                        "start": span.start,
-                        "length": span.length,
-                        "rows": span.rows,
-                        "columns": span.columns,
-                        "uri": span.uri,
-                    }
-                    for span in s.spans
-                ]
-                for s in sequences
-            ],
-            SCHEMA.field("spans").type,
+        _lists("token_ids", np.concatenate([s.token_ids for s in sequences]), lengths),
+        _lists("modality_ids", np.concatenate([s.modality_ids for s in sequences]), lengths),
+        _lists(
+            "spans",
+            pa.StructArray.from_arrays(
+                [pa.array([getattr(span, f.name) for span in spans], f.type) for f in SPAN_TYPE], fields=list(SPAN_TYPE)
+            ),
+            np.array([len(s.spans) for s in sequences], np.int32),
         ),
-        pa.array([len(s.token_ids) for s in sequences], pa.int32()),
+        pa.array(lengths),
         *(pa.array([s.count(m) for s in sequences], pa.int32()) for m in Modality),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _lists(name: str, values: Any, lengths: NDArray[np.int32]) -> pa.ListArray:
+    """A list column of SCHEMA from its values end to end."""
+    offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), type=SCHEMA.field(name).type)

@@ -1,7 +1,8 @@
 """Mergeable statistics of shards: counted once by the worker that writes a shard, added up for ever after.
 
 Enters: rows as they are written. Leaves: a `Statistics` that adds to others and travels as JSON in a shard's footer and
-in the roll-up of a version. Always holds: merging in any order gives what counting everything at once would.
+in the roll-up of a version. Always holds: merging in any order gives what counting everything at once would, and so does
+merging and subtracting, but for the estimate of distinct documents.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import base64
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,8 @@ _EXACT_BITS = 12
 """Lengths keep this many leading bits: exact below 4,096, within 0.025% above."""
 
 MODALITIES = tuple(m.label for m in Modality)
+
+K = TypeVar("K")
 
 
 def length_bin(length: int) -> int:
@@ -82,24 +85,27 @@ class Statistics:
         names = MODALITIES if modality is None else (modality,)
         return sum(s.tokens[name] for s in self.sources.values() for name in names)
 
-    def add(self, rows: Iterable[Row]) -> None:
+    def add(self, rows: Sequence[Row]) -> None:
         """Count some rows."""
+        if not rows:
+            return
+        ids = np.concatenate([row.sequence.token_ids for row in rows])
+        modalities = np.concatenate([row.sequence.modality_ids for row in rows])
+        for modality, counts in zip(
+            Modality, (self.text_counts, self.image_counts, self.audio_counts.reshape(-1)), strict=True
+        ):
+            counts += np.bincount(ids[modalities == modality], minlength=len(counts))
         for row in rows:
             sequence = row.sequence
             source = self.sources.setdefault(row.source.partition("/")[0], SourceCounts())
             source.documents += 1
-            for modality, counts in zip(
-                Modality, (self.text_counts, self.image_counts, self.audio_counts.reshape(-1)), strict=True
-            ):
-                ids = sequence.token_ids[sequence.modality_ids == modality]
-                source.tokens[modality.label] += len(ids)
-                if len(ids):
-                    np.add.at(counts, ids, 1)
-            self.lengths[length_bin(len(sequence.token_ids))] += 1
-            self.spans_per_document[len(sequence.spans)] += 1
+            for modality in Modality:
+                source.tokens[modality.label] += sequence.count(modality)
             for span in sequence.spans:
                 self.span_lengths[span.modality.label][length_bin(span.length)] += 1
-            self._add_distinct(row.content_hash)
+        self.lengths.update(length_bin(len(row.sequence.token_ids)) for row in rows)
+        self.spans_per_document.update(len(row.sequence.spans) for row in rows)
+        self._add_distinct([row.content_hash for row in rows])
 
     def drop(self, dropped: Dropped) -> None:
         """Count a document that a filter took out."""
@@ -108,21 +114,33 @@ class Statistics:
 
     def merge(self, other: Statistics) -> None:
         """Add another's counts to these."""
-        self.text_counts += other.text_counts
-        self.image_counts += other.image_counts
-        self.audio_counts += other.audio_counts
+        self._count(other, 1)
+        np.maximum(self.distinct_registers, other.distinct_registers, out=self.distinct_registers)
+
+    def subtract(self, other: Statistics) -> None:
+        """Take counts that were merged before out again.
+
+        The registers of HyperLogLog know no way back: until they are counted anew from the footers, `distinct_documents`
+        is an upper bound that still counts contents which are gone.
+        """
+        self._count(other, -1)
+
+    def _count(self, other: Statistics, sign: int) -> None:
+        self.text_counts += sign * other.text_counts
+        self.image_counts += sign * other.image_counts
+        self.audio_counts += sign * other.audio_counts
         for name, theirs in other.sources.items():
             mine = self.sources.setdefault(name, SourceCounts())
-            mine.documents += theirs.documents
+            mine.documents += sign * theirs.documents
             for modality in MODALITIES:
-                mine.tokens[modality] += theirs.tokens[modality]
-            for reason, count in theirs.dropped.items():
-                mine.dropped[reason] = mine.dropped.get(reason, 0) + count
-        self.lengths.update(other.lengths)
-        self.spans_per_document.update(other.spans_per_document)
+                mine.tokens[modality] += sign * theirs.tokens[modality]
+            _shift(mine.dropped, theirs.dropped, sign)
+            if not mine.documents and not mine.dropped:
+                del self.sources[name]
+        _shift(self.lengths, other.lengths, sign)
+        _shift(self.spans_per_document, other.spans_per_document, sign)
         for modality in MODALITIES:
-            self.span_lengths[modality].update(other.span_lengths[modality])
-        np.maximum(self.distinct_registers, other.distinct_registers, out=self.distinct_registers)
+            _shift(self.span_lengths[modality], other.span_lengths[modality], sign)
 
     @property
     def distinct_documents(self) -> int:
@@ -135,12 +153,14 @@ class Statistics:
             estimate = m * math.log(m / zeros)
         return min(round(estimate), self.documents)
 
-    def _add_distinct(self, content_hash: str) -> None:
-        value = int(content_hash[:16], 16)
-        index = value >> (64 - _HLL_BITS)
-        rest = value & ((1 << (64 - _HLL_BITS)) - 1)
-        rank = 64 - _HLL_BITS - rest.bit_length() + 1
-        self.distinct_registers[index] = max(int(self.distinct_registers[index]), rank)
+    def _add_distinct(self, content_hashes: Sequence[str]) -> None:
+        rest_bits = 64 - _HLL_BITS
+        for content_hash in content_hashes:
+            value = int(content_hash[:16], 16)
+            index = value >> rest_bits
+            rank = rest_bits - (value & ((1 << rest_bits) - 1)).bit_length() + 1
+            if rank > self.distinct_registers[index]:
+                self.distinct_registers[index] = rank
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -169,6 +189,14 @@ class Statistics:
             spans_per_document=_counter(values["spans_per_document"]),
             distinct_registers=_unpack(values["distinct_registers"], np.uint8),
         )
+
+
+def _shift(mine: dict[K, int], theirs: Mapping[K, int], sign: int) -> None:
+    """Add or take away counts; what is at zero goes, so that equal contents have equal counts."""
+    for key, count in theirs.items():
+        mine[key] = mine.get(key, 0) + sign * count
+        if not mine[key]:
+            del mine[key]
 
 
 def quantile(counts: Counter[int], q: float) -> int:

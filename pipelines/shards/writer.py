@@ -11,20 +11,23 @@ import json
 import os
 import tempfile
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pipelines.corpus.documents import Dropped, Reject
+from pipelines.crash import crash_point
 from pipelines.sequence import Vocabulary
+from pipelines.shards.checksums import fill_in, placeholder
 from pipelines.shards.reader import footer_checksum
 from pipelines.shards.schema import FORMAT_VERSION, SCHEMA, Row, to_arrow
 from pipelines.shards.statistics import Statistics
-from pipelines.shards.storage import Storage, sync
+from pipelines.shards.storage import Storage, naming_a_full_disk, sync
 
 ROW_GROUP_TOKENS = 2_000_000
 """About 14 MB in memory: small enough to read alone, large enough to compress."""
@@ -58,7 +61,10 @@ class WrittenShard:
 
 
 class ShardWriter:
-    """Collects the rows of one unit and writes them in row groups of bounded token count."""
+    """Collects the rows of one unit and writes them in row groups of bounded token count.
+
+    As a context it leaves nothing behind where an error, such as a full disk, ends it before `finish`.
+    """
 
     def __init__(self, dataset: Storage, vocabulary: Vocabulary, unit: str, unit_record: dict[str, Any]) -> None:
         self._dataset = dataset
@@ -68,13 +74,77 @@ class ShardWriter:
         self.statistics = Statistics.empty(vocabulary)
         self._pending: list[Row] = []
         self._pending_tokens = 0
-        self._rows = self._size = 0
+        self._rows = self._size = self._row_groups = 0
         self._rejects: list[Reject] = []
         # On the dataset's own disk, so that the finished file takes its name by a rename; else on this machine's.
-        folder = Path(dataset.path("shards")) if dataset.is_local else Path(tempfile.gettempdir())
-        folder.mkdir(parents=True, exist_ok=True)
-        self._temporary = folder / f".{unit}-{uuid.uuid4().hex}.part"
-        self._writer = pq.ParquetWriter(
+        self._folder = Path(dataset.path("shards")) if dataset.is_local else Path(tempfile.gettempdir())
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._temporary = self._folder / f".{unit}-{uuid.uuid4().hex}.part"
+        try:
+            with naming_a_full_disk(self._folder):
+                self._writer = self._open()
+        except BaseException:
+            self._temporary.unlink(missing_ok=True)
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None:
+            # Closing writes the footer, which a full disk does not take.
+            with suppress(OSError):
+                self._writer.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def add(self, row: Row) -> None:
+        self._pending.append(row)
+        self._pending_tokens += len(row.sequence.token_ids)
+        if self._pending_tokens >= ROW_GROUP_TOKENS:
+            self._flush()
+
+    def reject(self, reject: Reject) -> None:
+        self._rejects.append(reject)
+
+    def drop(self, dropped: Dropped) -> None:
+        self.statistics.drop(dropped)
+
+    def finish(self) -> WrittenShard:
+        """Write what is pending and the footer, and force both files onto the disk."""
+        crash_point("before_write")
+        with naming_a_full_disk(self._folder):
+            return self._finish()
+
+    def _finish(self) -> WrittenShard:
+        self._flush()
+        mark = uuid.uuid4().hex
+        self._writer.add_key_value_metadata(
+            {
+                "braid.format_version": str(FORMAT_VERSION),
+                "braid.fingerprint": self._vocabulary.fingerprint,
+                "braid.unit": json.dumps(self._record),
+                "braid.statistics": json.dumps(self.statistics.to_json()),
+                **placeholder(SCHEMA, self._row_groups, mark),
+            }
+        )
+        self._writer.close()
+        if self._row_groups:
+            fill_in(self._temporary, mark)
+        crash_point("after_write")
+        name = self._publish()
+        crash_point("after_publish")
+        return WrittenShard(
+            unit=self._unit,
+            name=name,
+            size=self._size,
+            rows=self._rows,
+            rejects=len(self._rejects),
+            rejects_size=self._write_rejects(name),
+            statistics=self.statistics.to_json(),
+        )
+
+    def _open(self) -> pq.ParquetWriter:
+        return pq.ParquetWriter(
             self._temporary,
             SCHEMA,
             compression="zstd",
@@ -91,41 +161,6 @@ class ShardWriter:
             write_statistics=["row_id", "source", "num_tokens", "num_text", "num_image", "num_audio"],
         )
 
-    def add(self, row: Row) -> None:
-        self._pending.append(row)
-        self._pending_tokens += len(row.sequence.token_ids)
-        if self._pending_tokens >= ROW_GROUP_TOKENS:
-            self._flush()
-
-    def reject(self, reject: Reject) -> None:
-        self._rejects.append(reject)
-
-    def drop(self, dropped: Dropped) -> None:
-        self.statistics.drop(dropped)
-
-    def finish(self) -> WrittenShard:
-        """Write what is pending and the footer, and force both files onto the disk."""
-        self._flush()
-        self._writer.add_key_value_metadata(
-            {
-                "braid.format_version": str(FORMAT_VERSION),
-                "braid.fingerprint": self._vocabulary.fingerprint,
-                "braid.unit": json.dumps(self._record),
-                "braid.statistics": json.dumps(self.statistics.to_json()),
-            }
-        )
-        self._writer.close()
-        name = self._publish()
-        return WrittenShard(
-            unit=self._unit,
-            name=name,
-            size=self._size,
-            rows=self._rows,
-            rejects=len(self._rejects),
-            rejects_size=self._write_rejects(name),
-            statistics=self.statistics.to_json(),
-        )
-
     def _publish(self) -> str:
         """Give the finished file its name in the dataset, after its bytes are safe."""
         sync(self._temporary)
@@ -136,19 +171,17 @@ class ShardWriter:
             file.seek(-8 - length, os.SEEK_END)
             checksum = footer_checksum(file.read())
         name = f"{self._unit}-{uuid.uuid4().hex[:12]}-{checksum}.parquet"
-        target = self._dataset.path(f"shards/{name}")
-        if self._dataset.is_local:
-            self._temporary.replace(target)
-        else:
-            pafs.copy_files(str(self._temporary), target, destination_filesystem=self._dataset.filesystem)
-            self._temporary.unlink()
+        self._dataset.upload(self._temporary, f"shards/{name}")
         return name
 
     def _flush(self) -> None:
         if not self._pending:
             return
         self.statistics.add(self._pending)
-        self._writer.write_batch(to_arrow(self._pending))
+        with naming_a_full_disk(self._folder):
+            # One row group: a batch of so few tokens is far below Arrow's limit of rows.
+            self._writer.write_batch(to_arrow(self._pending))
+        self._row_groups += 1
         self._rows += len(self._pending)
         self._pending, self._pending_tokens = [], 0
 

@@ -15,8 +15,9 @@ from pipelines.shards.dataset import Dataset
 from pipelines.shards.schema import Row
 from pipelines.shards.statistics import MODALITIES
 from pipelines.tokenize.job import check_dataset
+from pipelines.tokenize.planning import Plan, Request, dry_plan
 from pipelines.tokenize.recipe import TokenizeRecipe
-from pipelines.tokenize.units import WorkUnit, dry_plan
+from pipelines.tokenize.units import WorkUnit
 from pipelines.tokenize.worker import UnitWorker
 
 SAMPLED_UNITS = 3
@@ -41,19 +42,22 @@ class Estimate:
     """Of one worker."""
 
 
-def estimate(recipe: TokenizeRecipe) -> tuple[dict[str, Estimate], int]:
+def estimate(
+    recipe: TokenizeRecipe,
+    request: Request = Request(),  # noqa: B008 - it is frozen
+) -> tuple[dict[str, Estimate], Plan]:
     """Plan the job and try a few documents.
 
     Returns:
-        The estimate for each source, and the number of units that are already done.
+        The estimate for each source, and the plan.
     """
     worker = UnitWorker(recipe)
     dataset = Dataset.open(recipe.dataset) if Dataset.exists(recipe.dataset) else None
     if dataset:
         check_dataset(dataset, recipe, worker.vocabulary)
-    plan = dry_plan(dataset, recipe.sources, recipe.units)
+    plan = dry_plan(dataset, recipe.sources, recipe.units, request)
     by_source = {source.name: [u for u in plan.pending if u.source == source.name] for source in recipe.sources}
-    return {name: _estimate(worker, units) for name, units in by_source.items()}, plan.done
+    return {name: _estimate(worker, units) for name, units in by_source.items()}, plan
 
 
 def _estimate(worker: UnitWorker, units: list[WorkUnit]) -> Estimate:
@@ -85,9 +89,9 @@ def _shortened(piece: Slice) -> Slice:
     return replace(piece, stop=min(piece.stop, piece.start + SAMPLED_BYTES))
 
 
-def render(result: tuple[dict[str, Estimate], int], console: Console, workers: int | None) -> None:
+def render(result: tuple[dict[str, Estimate], Plan], console: Console, workers: int | None) -> None:
     """Print an estimate as a table."""
-    estimates, done = result
+    estimates, plan = result
     table = Table("source", "units", "input", "documents", *MODALITIES, "shards", "1 worker")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -103,11 +107,21 @@ def render(result: tuple[dict[str, Estimate], int], console: Console, workers: i
             _duration(e.seconds),
         )
     console.print(table)
+    for name, missing in plan.missing.items():
+        fate = "their rows go" if plan.together else "their rows stay, unless --retire-missing is given"
+        examples = ", ".join(missing.examples)
+        console.print(
+            f"{name}: {missing.inputs:,} inputs are no longer there, such as {examples}; {fate}.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     count = workers or os.cpu_count() or 1
     seconds = sum(e.seconds for e in estimates.values()) / count
     units = sum(e.units for e in estimates.values())
     console.print(
-        f"{units:,} units to do, {done:,} done. About {_duration(seconds)} with {count} workers, after some 15 s to start. "
+        f"{units:,} units to do, {plan.done:,} done. "
+        f"About {_duration(seconds)} with {count} workers, after some 15 s to start. "
         "Documents, tokens and time are scaled up from a sample that was tokenized just now; nothing was written.",
         highlight=False,
         soft_wrap=True,

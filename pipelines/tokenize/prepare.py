@@ -1,11 +1,13 @@
 """A document's raw spans to what the tokenizers take: text, pixels of one size, waveforms at one rate.
 
 Enters: a `Document`. Leaves: a `Prepared`, or the `Reject` or `Dropped` that stands for it. Always holds: each media
-file is decoded once, and what comes out depends on the document and the recipe alone.
+file is decoded once, what comes out depends on the document and the recipe alone, and no document takes more than
+`MOST_BYTES` once it is decoded.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +18,14 @@ from numpy.typing import NDArray
 from pipelines.corpus.documents import Document, Dropped, RawSpan, Reject
 from pipelines.corpus.errors import MediaError
 from pipelines.corpus.filters import Filters
-from pipelines.corpus.pictures import fit_picture, load_picture
-from pipelines.corpus.sounds import load_sound
+from pipelines.corpus.pictures import fit_to_codes, load_picture
+from pipelines.corpus.sounds import equal_parts, load_sound
 from pipelines.sequence import Modality
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.tokenizers import Tokenizers
+
+MOST_BYTES = 2**30
+"""Memory of one document's texts, fitted pictures and waveforms together; what would take more is quarantined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +41,23 @@ class Part:
     @property
     def size(self) -> int:
         """Bytes in memory."""
-        return len(self.payload) if isinstance(self.payload, str) else self.payload.nbytes
+        return sys.getsizeof(self.payload) if isinstance(self.payload, str) else self.payload.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A document whose media are decoded."""
+    """A document whose media are decoded; their files' bytes are let go."""
 
-    document: Document
+    row_id: str
+    source: str
+    position: int
+    content_hash: str
     parts: list[Part]
 
     @property
     def size(self) -> int:
         """Bytes in memory."""
-        return sum(part.size for part in self.parts) + sum(len(span.data) for span in self.document.spans)
+        return sum(part.size for part in self.parts)
 
 
 class _DroppedError(Exception):
@@ -64,31 +72,37 @@ def prepare(
     document: Document, filters: Filters, recipe: TokenizeRecipe, tokenizers: Tokenizers
 ) -> Prepared | Reject | Dropped:
     """Decode the media of a document, unless a filter drops it."""
-    reason = filters.drops(document)
+    source, position = document.source, document.position
+    if reason := filters.drops(document):
+        return Dropped(source=source, position=position, reason=reason)
     parts: list[Part] = []
-    span = None
-    try:
-        if reason is None:
-            for span in document.spans:
-                parts += _parts(span, filters, recipe, tokenizers)
-            return Prepared(document, parts)
-    except _DroppedError as dropped:
-        reason = dropped.reason
-    except MediaError as error:
-        assert span is not None
-        return Reject(
-            source=document.source,
-            position=document.position,
-            reason=f"{span.modality.label}: cannot be decoded",
-            error=str(error),
-        )
-    return Dropped(source=document.source, position=document.position, reason=reason)
+    size = 0
+    for span in document.spans:
+        try:
+            made = list(_parts(span, filters, recipe, tokenizers))
+        except _DroppedError as dropped:
+            return Dropped(source=source, position=position, reason=dropped.reason)
+        except MediaError as error:
+            reason = f"{span.modality.label}: {error.fault}"
+            return Reject(source=source, position=position, reason=reason, error=str(error))
+        parts += made
+        size += sum(part.size for part in made)
+        if size > MOST_BYTES:
+            message = f"{source}: over {MOST_BYTES:,} bytes once it is decoded, at {span.uri}; split it into several"
+            return Reject(source=source, position=position, reason="document: too large", error=message)
+    return Prepared(document.row_id, source, position, document.content_hash, parts)
 
 
 def _parts(span: RawSpan, filters: Filters, recipe: TokenizeRecipe, tokenizers: Tokenizers) -> Iterator[Part]:
     if span.codes is not None:
         yield Part(span.modality, span.codes, span.uri, encoded=True)
     elif span.modality is Modality.TEXT:
+        most = recipe.tokenizers.text.max_characters
+        if len(span.text) > most:
+            message = (
+                f"{span.uri}: {len(span.text):,} characters, over tokenizers.text.max_characters = {most:,}; split it"
+            )
+            raise MediaError(message, "too long")
         yield Part(span.modality, span.text, span.uri)
     elif span.modality is Modality.IMAGE:
         yield Part(span.modality, _pixels(span, filters, recipe, tokenizers), span.uri)
@@ -100,20 +114,28 @@ def _parts(span: RawSpan, filters: Filters, recipe: TokenizeRecipe, tokenizers: 
 def _pixels(span: RawSpan, filters: Filters, recipe: TokenizeRecipe, tokenizers: Tokenizers) -> NDArray[np.uint8]:
     settings, tokenizer = recipe.tokenizers.image, tokenizers.image
     if settings is None or tokenizer is None:
-        raise MediaError(f"{span.uri}: a picture, but the recipe names no image tokenizer (tokenizers.image)")
-    pixels = load_picture(span.data, span.uri)
+        message = f"{span.uri}: a picture, but the recipe names no image tokenizer (tokenizers.image)"
+        raise MediaError(message, "no tokenizer")
+    pixels = load_picture(span.data, span.uri, settings.background, settings.max_pixels)
     if reason := filters.drops_picture(*pixels.shape[:2]):
         raise _DroppedError(reason)
-    f = tokenizer.downsampling
-    return fit_picture(pixels, (settings.rows * f, settings.columns * f), multiple=f, mode=settings.fit)
+    return fit_to_codes(
+        pixels,
+        rows=settings.rows,
+        columns=settings.columns,
+        downsampling=tokenizer.downsampling,
+        fit=settings.fit,
+        background=settings.background,
+    )
 
 
 def _waveforms(
     span: RawSpan, filters: Filters, recipe: TokenizeRecipe, tokenizers: Tokenizers
-) -> Iterator[NDArray[np.float32]]:
+) -> list[NDArray[np.float32]]:
     settings, codec = recipe.tokenizers.audio, tokenizers.audio
     if settings is None or codec is None:
-        raise MediaError(f"{span.uri}: a sound, but the recipe names no audio tokenizer (tokenizers.audio)")
+        message = f"{span.uri}: a sound, but the recipe names no audio tokenizer (tokenizers.audio)"
+        raise MediaError(message, "no tokenizer")
     waveform = load_sound(
         span.data,
         span.uri,
@@ -123,9 +145,4 @@ def _waveforms(
     )
     if reason := filters.drops_sound(len(waveform) / codec.sample_rate_hz):
         raise _DroppedError(reason)
-    # Parts of equal length: a tail of some frames would be a span that says nothing.
-    frames = codec.frames(len(waveform))
-    count = -(-frames // settings.max_frames)
-    size = -(-frames // count) * codec.hop
-    for start in range(0, len(waveform), size):
-        yield waveform[start : start + size]
+    return equal_parts(waveform, codec.hop, settings.max_frames)

@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from pipelines.shards.statistics import Statistics
 from pipelines.shards.writer import WrittenShard
-from pipelines.tokenize.units import Plan, WorkUnit
+from pipelines.tokenize.planning import Plan
+from pipelines.tokenize.units import WorkUnit
 
 
 class ProgressBar:

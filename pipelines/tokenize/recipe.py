@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from pipelines.corpus.colour import WHITE
+from pipelines.corpus.pictures import MAX_PIXELS
 from pipelines.corpus.sources import Source
 from pipelines.interleave import MEDIA_OPENING
 from pipelines.recipe import Settings
@@ -16,19 +18,30 @@ DOCUMENT_MARKS = 2
 """`<|document|>` and `<|end|>`."""
 
 
+Channel = Annotated[int, Field(ge=0, le=255)]
+
+
 class TextTokenizerSettings(Settings):
     model: str = "mistral-v1"
     """A SentencePiece `.model` file, or the name of a packaged one."""
+    max_characters: int = Field(10_000_000, ge=1)
+    """Documents with a longer text are quarantined: one without spaces takes some 60 bytes of memory a character."""
 
 
 class ImageTokenizerSettings(Settings):
     checkpoint: str = "drawings"
     """A tokenizer's folder, or the name of a shipped one."""
     rows: int = Field(16, ge=1, le=MAX_NUMBER)
-    """Rows of codes: every picture is scaled to rows x columns codes."""
+    """Rows of codes: every picture is scaled to rows x columns codes, or to at most so many (`fit`)."""
     columns: int = Field(16, ge=1, le=MAX_NUMBER)
-    fit: Literal["pad", "crop"] = "pad"
-    """Show the whole picture on white, or fill the frame and cut what sticks out."""
+    fit: Literal["pad", "crop", "buckets"] = "pad"
+    """`pad` shows the whole picture on the background; `crop` fills the frame and cuts what sticks out. `buckets` gives
+    each picture that one of at most 15 shapes of up to rows x columns codes whose aspect is nearest its own, and cuts
+    the little that then sticks out."""
+    background: tuple[Channel, Channel, Channel] = WHITE
+    """Red, green and blue, 0 to 255, under transparent pixels and around padded pictures."""
+    max_pixels: int = Field(MAX_PIXELS, ge=1, le=MAX_PIXELS)
+    """Larger pictures are quarantined: decoding takes up to 25 bytes of memory a pixel."""
 
 
 class AudioTokenizerSettings(Settings):
@@ -38,7 +51,7 @@ class AudioTokenizerSettings(Settings):
     max_frames: int = Field(MAX_FRAMES, ge=1, le=MAX_FRAMES)
     """Longer audio becomes several spans of at most so many frames."""
     max_seconds: float = Field(3600.0, gt=0)
-    """Longer files are quarantined."""
+    """Longer files are quarantined: a second takes 4 bytes of memory a sample."""
     loudness_db: float | None = Field(None, le=0)
     """Scale each sound to this RMS level, in dB of full scale; null keeps it."""
 
@@ -60,6 +73,19 @@ class UnitSettings(Settings):
     """How often a unit is tried whose worker died, before the job gives up."""
 
 
+class ClusterSettings(Settings):
+    """Where the workers run, and what each of them takes."""
+
+    address: str | None = None
+    """A running Ray cluster, such as `auto`. By default a job that was submitted to a cluster (`ray job submit`) uses
+    that one, and any other starts a Ray of its own on this machine."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+    """Workers with a GPU, or a share of one, encode on it."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    """How long to wait for the first worker, such as for an autoscaler to bring a node."""
+
+
 class TokenizeRecipe(Settings):
     """Everything that decides what a tokenize job makes."""
 
@@ -71,11 +97,16 @@ class TokenizeRecipe(Settings):
     """The training sequence that every media span must fit, with the tokens that open and close its document."""
     validation_share: float = Field(0.01, ge=0, lt=1)
     """Share of the source identities that are held out from training."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Of documents of equal content, from whatever source and run, training reads all, or only the one with the smallest
+    row id. The dataset keeps all of them."""
     error_budget: float = Field(0.01, ge=0, le=1)
     """Share of the documents that may be quarantined before the job fails."""
     units: UnitSettings = UnitSettings()
     workers: int | None = Field(None, ge=1)
-    """Worker processes; one for each CPU by default."""
+    """Worker processes at most; as many as the machine or the cluster has places for by default. More than that wait for
+    nodes that an autoscaler may add."""
+    cluster: ClusterSettings = ClusterSettings()
     threads: int = Field(1, ge=1)
     """Threads of each worker. Codes may differ in the last place between thread counts, so it is pinned."""
 

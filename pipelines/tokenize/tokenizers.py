@@ -57,6 +57,7 @@ class Tokenizers:
                 "rows": image.rows,
                 "columns": image.columns,
                 "fit": image.fit,
+                "background": list(image.background),
             }
         if audio:
             preprocessing["audio"] = {

@@ -6,12 +6,14 @@ depends on the unit and the recipe alone, and memory is bounded by a window of d
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 
 from pipelines.corpus.documents import Document, Dropped, Reject
+from pipelines.corpus.errors import StoreError
 from pipelines.corpus.filters import draw
 from pipelines.corpus.reader import Reader
 from pipelines.interleave import EncodedSpan, interleave
@@ -23,10 +25,12 @@ from pipelines.tokenize.prepare import Prepared, prepare
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.tokenizers import Tokenizers
 from pipelines.tokenize.units import WorkUnit
+from pipelines.tokenizers.vqgan import ImageTokenizer
 
 WINDOW_DOCUMENTS = 64
 WINDOW_BYTES = 64 * 2**20
-"""Documents are encoded in windows of at most so many documents, and of about so many bytes once decoded."""
+"""Documents are encoded in windows of at most so many documents; a window ends with the document that fills so many bytes
+of decoded media and text. So it never holds more than these bytes and one document more, itself at most `MOST_BYTES`."""
 
 
 class UnitWorker:
@@ -37,20 +41,36 @@ class UnitWorker:
         self.recipe = recipe
         self.tokenizers = Tokenizers.load(recipe, device)
         self.vocabulary: Vocabulary = self.tokenizers.vocabulary(recipe)
-        self._sources = {source.name: source for source in recipe.sources}
+        bound = (source.bound(self.vocabulary, recipe.sequence_length) for source in recipe.sources)
+        self._sources = {source.name: source for source in bound}
         self._storage = Storage.of(recipe.dataset)
+
+    def ready(self, witness: str) -> None:
+        """Answer once the tokenizers are loaded.
+
+        Args:
+            witness: name of a file that the driver wrote into the dataset.
+
+        Raises:
+            StoreError: this machine does not see it.
+        """
+        if not self._storage.exists(witness):
+            raise StoreError(
+                f"dataset = {self.recipe.dataset}: worker node {platform.node()} does not see the file {witness} that the "
+                "driver wrote there; name a folder on a file system that all nodes share, or an object store"
+            )
 
     def run(self, unit: WorkUnit) -> WrittenShard:
         """Read, decode, tokenize, interleave and write one unit."""
-        writer = ShardWriter(self._storage, self.vocabulary, unit.id, unit.record())
-        for result in self.rows(unit):
-            if isinstance(result, Reject):
-                writer.reject(result)
-            elif isinstance(result, Dropped):
-                writer.drop(result)
-            else:
-                writer.add(result)
-        return writer.finish()
+        with ShardWriter(self._storage, self.vocabulary, unit.id, unit.record()) as writer:
+            for result in self.rows(unit):
+                if isinstance(result, Reject):
+                    writer.reject(result)
+                elif isinstance(result, Dropped):
+                    writer.drop(result)
+                else:
+                    writer.add(result)
+            return writer.finish()
 
     def rows(self, unit: WorkUnit) -> Iterator[Row | Reject | Dropped]:
         """The rows of a unit, what had to be rejected and what a filter took out, in the order of the corpus."""
@@ -68,8 +88,8 @@ class UnitWorker:
                     seen.add(result.row_id)
                 yield result
 
-    def _prepare(self, source: Reader, item: Document | Reject) -> Prepared | Reject | Dropped:
-        if isinstance(item, Reject):
+    def _prepare(self, source: Reader, item: Document | Reject | Dropped) -> Prepared | Reject | Dropped:
+        if isinstance(item, Reject | Dropped):
             return item
         if source.weight < 1 and draw("weight", source.seed, item.row_id) >= source.weight:
             return Dropped(source=item.source, position=item.position, reason="weight")
@@ -81,7 +101,7 @@ class UnitWorker:
             Modality.TEXT: iter(self.tokenizers.text.encode(_payloads(documents, Modality.TEXT)))
         }
         if self.tokenizers.image and (pictures := _payloads(documents, Modality.IMAGE)):
-            codes[Modality.IMAGE] = iter(self.tokenizers.image.encode(np.stack(pictures)))
+            codes[Modality.IMAGE] = _by_shape(self.tokenizers.image, pictures)
         if self.tokenizers.audio and (sounds := _payloads(documents, Modality.AUDIO)):
             codes[Modality.AUDIO] = iter(self.tokenizers.audio.encode(sounds))
         for item in documents:
@@ -94,9 +114,9 @@ class UnitWorker:
                 for part in item.parts
             ]
             # A normalizer may leave nothing of a text, such as one of zero-width spaces.
-            yield self._row(item.document, [span for span in spans if span.codes.size])
+            yield self._row(item, [span for span in spans if span.codes.size])
 
-    def _row(self, document: Document, spans: list[EncodedSpan]) -> Row | Reject:
+    def _row(self, document: Prepared, spans: list[EncodedSpan]) -> Row | Reject:
         if not spans:
             return Reject(
                 source=document.source,
@@ -120,6 +140,17 @@ class UnitWorker:
             source=document.source,
             sequence=sequence,
         )
+
+
+def _by_shape(tokenizer: ImageTokenizer, pictures: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The codes of each picture, in order; pictures of one shape are encoded in one call."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index, picture in enumerate(pictures):
+        alike.setdefault(picture.shape, []).append(index)
+    codes: dict[int, np.ndarray] = {}
+    for indices in alike.values():
+        codes.update(zip(indices, tokenizer.encode(np.stack([pictures[i] for i in indices])), strict=True))
+    return (codes[index] for index in range(len(pictures)))
 
 
 def _twice(row: Row) -> Reject:

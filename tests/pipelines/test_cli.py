@@ -33,7 +33,7 @@ def test_a_faulty_recipe_exits_with_2_and_lists_every_fault(tmp_path: Path) -> N
         (("stats", "nowhere"), 1, "nowhere: no token dataset here; make one with `braid tokenize"),
         (("tokenize", "nowhere"), 2, "nor a shipped recipe; shipped are"),
         (("pretrain", "pretrain/demo", "modle.hidden_size=3"), 2, "modle: unknown key; did you mean model?"),
-        (("tokenizer", "train", "smell"), 2, "what to train is image or audio"),
+        (("tokenizer", "train", "smell"), 2, "No such command 'smell'"),
         (("generate", "nowhere", "--want", "image"), 1, "nowhere"),
         (("report", "nowhere"), 1, "nowhere"),
     ],

@@ -187,6 +187,8 @@ def test_files_as_prompt_go_through_the_preprocessing_of_the_dataset(
     generator: Generator, recipe: TokenizeRecipe, folder: Path
 ) -> None:
     from pipelines.corpus.documents import Document, RawSpan
+    from pipelines.corpus.filters import Filters
+    from pipelines.tokenize.prepare import Prepared, prepare
     from pipelines.tokenize.worker import UnitWorker
 
     files = [folder / "stamps/s000.png", folder / "stamps/s000.wav"]
@@ -195,7 +197,11 @@ def test_files_as_prompt_go_through_the_preprocessing_of_the_dataset(
         RawSpan(modality=Modality.IMAGE, data=files[0].read_bytes(), uri="a"),
         RawSpan(modality=Modality.AUDIO, data=files[1].read_bytes(), uri="b"),
     ]
-    [row] = UnitWorker(recipe)._tokenize([Document(source="s", position=0, spans=tuple(spans))])
+    worker = UnitWorker(recipe)
+    document = Document(source="s", position=0, spans=tuple(spans))
+    prepared = prepare(document, Filters(), recipe, worker.tokenizers)
+    assert isinstance(prepared, Prepared)
+    [row] = worker._encode([prepared])
     encoded = encode_prompt(["the fox", *files], generator.vocabulary, generator.tokenizers)
     assert encoded.token_ids.tolist() == row.sequence.token_ids[:-1].tolist()  # type: ignore[union-attr]
     assert encoded.modality_ids.tolist() == row.sequence.modality_ids[:-1].tolist()  # type: ignore[union-attr]

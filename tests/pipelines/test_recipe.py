@@ -1,12 +1,20 @@
 """Recipes: strict, and every fault at once with place, value and remedy."""
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
 from pydantic import Field
 
+from pipelines.pretrain.recipe import PretrainRecipe
 from pipelines.recipe import RecipeError, Settings, dump_recipe, read_recipe
+from pipelines.tokenize.recipe import TokenizeRecipe
+
+SHIPPED = Path(__file__).parent.parent.parent / "configs"
 
 
 class Folder(Settings):
@@ -81,8 +89,13 @@ def test_what_is_not_yaml_or_not_there_says_so(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("name: a\x07b\n", "not YAML"),
-        ("name: !foo 3\n", "r.yaml:1: name = '3': could not determine a constructor"),
-        ("name: a\nshare: 2024-99-99\n", "r.yaml:2: share = '2024-99-99': month must be in 1..12"),
+        ("name: !foo 3\n", "r.yaml:1: name = '3': its tag !foo means nothing in a recipe"),
+        ("name: a\nshare: 2024-99-99\n", "r.yaml:2: share = '2024-99-99': expected a number, found text"),
+        ('name: "\\ud800"\n', "holds half of a surrogate pair"),
+        (f"name: a\nshare: {'9' * 5000}\n", "r.yaml:2: share"),
+        ("name: a\nmode: !!int pad\n", "r.yaml:2: mode = 'pad': is no int"),
+        ("name: a\n? [b]\n: 1\n", "r.yaml:2: the recipe: a key must be text"),
+        ("name: a\nsources: [{path: x}]\n", "r.yaml:2: sources.0: 'reader' is missing; it says what this section is"),
         ("name: &a [*a]\n", "nested over 50 levels deep, or in itself"),
     ],
 )
@@ -90,6 +103,124 @@ def test_odd_yaml_is_a_fault_with_its_place(tmp_path: Path, text: str, message: 
     with pytest.raises(RecipeError) as caught:
         _read(tmp_path, text)
     assert message in str(caught.value)
+    assert str(caught.value).count("\n") <= 1, "one fault is told once"
+
+
+class Everything(Settings):
+    whole: int = 1
+    maybe: int | None = None
+    number: float = 0.5
+    flag: bool = False
+    text: str = "a"
+    words: tuple[str, ...] = ()
+    pair: tuple[int, int] = (1, 2)
+    file: Path | None = None
+    mode: Literal["pad", "no"] = "pad"
+    section: Folder | None = None
+
+
+def _everything(tmp_path: Path, text: str, *overrides: str) -> Everything:
+    file = tmp_path / "e.yaml"
+    file.write_text(text)
+    return read_recipe(Everything, file, overrides)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("whole: true", "whole = true: expected a whole number, found true or false"),
+        ("whole: '4'", "whole = '4': expected a whole number, found text; write it without quotes"),
+        ("whole: 4.5", "whole = 4.5: expected a whole number, found a number"),
+        ("whole: 1:30", "whole = '1:30': expected a whole number, found text"),
+        ("whole: 010", "whole = '010': expected a whole number, found text"),
+        ("whole: null", "whole = null: expected a whole number, found nothing"),
+        ("maybe: true", "maybe = true: expected a whole number, found true or false"),
+        ("number: 'x'", "number = 'x': expected a number, found text"),
+        ("number: '.5'", "number = '.5': expected a number, found text; write it without quotes"),
+        ("number: false", "number = false: expected a number, found true or false"),
+        ("flag: 1", "flag = 1: expected true or false, found a whole number"),
+        ("flag: yes", "flag = 'yes': expected true or false, found text; write true"),
+        ("flag: Off", "flag = 'Off': expected true or false, found text; write false"),
+        ("text: 5", "text = 5: expected text, found a whole number; put it in quotes"),
+        ("text: 1e-3", "text = 0.001: expected text, found a number; put it in quotes"),
+        ("text: true", "text = true: expected text, found true or false; put it in quotes"),
+        ("text: [a]", "text = ['a']: expected text, found a list"),
+        ("words: a", "words = 'a': expected a list, found text"),
+        ("words: [a, 2]", "words.1 = 2: expected text, found a whole number; put it in quotes"),
+        ("pair: [1, x]", "pair.1 = 'x': expected a whole number, found text"),
+        ("file: 3", "file = 3: expected text, found a whole number; put it in quotes"),
+        ("section: 3", "section = 3: expected keys with values, found a whole number"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_what_is_expected(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        _everything(tmp_path, f"# a comment\n{line}\n")
+    assert str(caught.value).replace(str(tmp_path), "").splitlines()[1:] == [f"  /e.yaml:2: {message}"]
+    key, _, value = line.partition(": ")
+    with pytest.raises(RecipeError) as caught:
+        _everything(tmp_path, "whole: 1\n", f"{key}={value}")
+    assert str(caught.value).splitlines()[1:] == [f"  command line: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("number: 1e-3", 1e-3),
+        ("number: 1E+2", 100.0),
+        ("number: 3", 3.0),
+        ("number: .inf", float("inf")),
+        ("whole: 1e9", 10**9),
+        ("whole: 1_000_000", 10**6),
+        ("whole: 0x1f", 31),
+        ("whole: -0", 0),
+        ("maybe: ~", None),
+        ("maybe:", None),
+        ("text: no", "no"),
+        ("text: 2026-11-24", "2026-11-24"),
+        ("text: 12:30", "12:30"),
+        ("text: 010", "010"),
+        ("text: 1.2.3", "1.2.3"),
+        ("text: '5'", "5"),
+        ("mode: no", "no"),
+        ("flag: True", True),
+        ("words: [yes, 'null']", ("yes", "null")),
+        ("pair: [3, 4]", (3, 4)),
+        ("file: a/b", Path("a/b")),
+    ],
+)
+def test_plain_values_are_what_they_look_like(tmp_path: Path, line: str, value: object) -> None:
+    key = line.partition(":")[0]
+    found = getattr(_everything(tmp_path, line), key)
+    assert (type(found), found) == (type(value), value)
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(["yes", "1e-3", "010", "0o7", "~"])
+)
+@example("\x85")
+@example("a\u2028 b")
+def test_any_text_is_dumped_so_that_both_versions_of_yaml_read_it(text: str) -> None:
+    settings = Everything(text=text, words=(text,), number=float("inf"), maybe=7)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8", newline="") as file:
+        file.write(dumped := dump_recipe(settings))
+        file.flush()
+        assert read_recipe(Everything, file.name) == settings
+    assert yaml.safe_load(dumped)["text"] == text
+
+
+def test_an_override_hides_the_places_of_what_it_replaces(tmp_path: Path) -> None:
+    text = "name: a\nsources:\n- reader: folder\n  path: x\n"
+    with pytest.raises(RecipeError) as caught:
+        _read(tmp_path, text, "sources=[{reader: folder, path: 3}]")
+    assert str(caught.value).splitlines()[1].startswith("  command line: sources.0.path = 3: expected text")
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED.rglob("*.yaml")), ids=lambda file: file.stem + "-" + file.parent.name)
+def test_every_shipped_recipe_is_read_and_reads_back_equal(tmp_path: Path, file: Path) -> None:
+    kind = {"tokenize": TokenizeRecipe, "pretrain": PretrainRecipe}[file.parent.name]
+    recipe = read_recipe(kind, file)  # type: ignore[type-var]
+    (tmp_path / "dumped.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    assert read_recipe(kind, tmp_path / "dumped.yaml") == recipe  # type: ignore[type-var]
 
 
 def test_a_dumped_recipe_reads_back_equal(tmp_path: Path) -> None:

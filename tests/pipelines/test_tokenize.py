@@ -16,30 +16,14 @@ from pipelines.recipe import RecipeError, read_recipe
 from pipelines.sequence import VocabularyError, parse
 from pipelines.shards.dataset import Dataset
 from pipelines.shards.digest import dataset_hash
-from pipelines.shards.verify import verify
 from pipelines.show import show
 from pipelines.tokenize.estimate import estimate
-from pipelines.tokenize.job import Finished, JobError, open_or_create, tokenize
+from pipelines.tokenize.job import Finished, JobError, tokenize
+from pipelines.tokenize.ledger import Ledger
 from pipelines.tokenize.recipe import TokenizeRecipe
-from pipelines.tokenize.units import Ledger, Plan, plan
 from pipelines.tokenize.worker import UnitWorker
+from tests.pipelines.jobs import like_fresh, make_plan, run_units
 from tests.pipelines.tiny import image_tokenizer, tiny_recipe, write_corpus, write_recipe, write_stamp
-
-
-def run_units(recipe: TokenizeRecipe) -> Dataset:
-    """The job without Ray: the same plan, work and commit, in this process."""
-    worker = UnitWorker(recipe)
-    dataset = open_or_create(recipe, worker.vocabulary)
-    ledger = Ledger(dataset.storage)
-    work = plan(dataset, ledger, recipe.sources, recipe.units)
-    dataset.commit([worker.run(unit) for unit in work.pending], ancestors=ledger.ancestors)
-    return dataset
-
-
-def make_plan(recipe: TokenizeRecipe) -> Plan:
-    """Only the plan, as of a job that died right after it."""
-    dataset = open_or_create(recipe, UnitWorker(recipe).vocabulary)
-    return plan(dataset, Ledger(dataset.storage), recipe.sources, recipe.units)
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +85,8 @@ def test_a_row_is_shown_as_text_picture_and_sound(done: tuple[TokenizeRecipe, Da
 
 def test_a_dry_run_counts_and_writes_nothing(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
-    estimates, finished = estimate(recipe)
-    assert finished == 0
+    estimates, work = estimate(recipe)
+    assert work.done == 0
     assert 8 <= estimates["stamps"].documents <= 16
     assert 20 <= estimates["lines"].documents <= 40
     assert not Path(recipe.dataset).exists()
@@ -153,16 +137,7 @@ def test_a_lost_ledger_is_made_again_from_the_shards(tmp_path: Path) -> None:
     assert run_units(recipe).version == version
     shutil.rmtree(Path(recipe.dataset) / "inputs")
     caption.write_text("and the cat is new once more")
-    assert _like_fresh(recipe, tmp_path)
-
-
-def _like_fresh(recipe: TokenizeRecipe, folder: Path) -> bool:
-    """Whether the dataset, brought up to date, equals one made from nothing."""
-    fresh = folder / "fresh"
-    shutil.rmtree(fresh, ignore_errors=True)
-    dataset = run_units(recipe)
-    assert list(verify(dataset)) == []
-    return dataset_hash(dataset) == dataset_hash(run_units(recipe.model_copy(update={"dataset": str(fresh)})))
+    assert like_fresh(recipe, tmp_path)
 
 
 def test_a_file_of_lines_may_shrink_and_grow_and_grow_again(tmp_path: Path) -> None:
@@ -171,8 +146,9 @@ def test_a_file_of_lines_may_shrink_and_grow_and_grow_again(tmp_path: Path) -> N
     whole = lines.read_bytes()
     for content in (whole, whole[: whole.index(b"\n", 300) + 1], whole, whole * 3, b"", whole):
         lines.write_bytes(content)
-        assert _like_fresh(recipe, tmp_path)
-        units = Ledger(Dataset.open(recipe.dataset).storage).units().values()
+        assert like_fresh(recipe, tmp_path)
+        ledger = Ledger(Dataset.open(recipe.dataset).storage)
+        units = ledger.units(ledger.known)
         assert all(unit.size <= recipe.units.bytes for unit in units if unit.source == "lines")
 
 
@@ -191,7 +167,7 @@ def test_of_two_jobs_that_saw_a_file_in_two_states_the_later_state_stays(tmp_pat
         for shard in order:
             dataset = Dataset.open(copy)
             dataset.commit([shard], ancestors=Ledger(dataset.storage).ancestors)
-        assert _like_fresh(recipe.model_copy(update={"dataset": str(copy)}), tmp_path)
+        assert like_fresh(recipe.model_copy(update={"dataset": str(copy)}), tmp_path)
 
 
 def test_all_that_replaces_the_same_units_is_committed_together(tmp_path: Path) -> None:
@@ -263,8 +239,8 @@ def test_what_cannot_be_read_goes_to_quarantine_with_its_reason(tmp_path: Path) 
         file.write(b'{"text": 3}\nnot json\n{"text": "\xff"}\n')
     dataset = run_units(recipe)
     rejected = {row["source"]: row["reason"] for row in dataset.quarantined()}
-    assert rejected["stamps/s000"] == "image: cannot be decoded"
-    assert rejected["stamps/s001"] == "audio: cannot be decoded"
+    assert rejected["stamps/s000"] == "image: damaged"
+    assert rejected["stamps/s001"] == "audio: empty file"
     assert rejected["stamps/s002"] == "text: not UTF-8"
     assert len(rejected) == 6
     assert dataset.statistics().documents == 39

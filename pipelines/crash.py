@@ -1,0 +1,44 @@
+"""Named places at which a crash test kills this process, as a power cut would.
+
+    BRAID_CRASH=after_write:3:/tmp/once braid tokenize RECIPE.yaml
+
+kills, with SIGKILL, the process that comes by `after_write` for the third time, if it can remove the file `/tmp/once`: so
+of all processes of a job one is killed, once. Without the variable a place costs one comparison.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+POINTS = (
+    "before_ledger",
+    "after_ledger",
+    "before_write",
+    "after_write",
+    "after_publish",
+    "before_commit",
+    "after_rejects",
+    "after_commit",
+    "after_roll_up",
+)
+"""In the order in which a unit passes them; those of writing lie in the workers, the others in the driver."""
+
+_ARMED = os.environ.get("BRAID_CRASH", "")
+_passed = 0
+
+
+def crash_point(name: str) -> None:
+    """Die here, if the environment says so."""
+    if not _ARMED.startswith(f"{name}:"):
+        return
+    global _passed
+    _passed += 1
+    _, count, once = _ARMED.split(":", 2)
+    if _passed >= int(count):
+        try:
+            Path(once).unlink()
+        except FileNotFoundError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)

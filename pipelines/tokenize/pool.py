@@ -1,0 +1,212 @@
+"""The workers of a tokenize job: Ray actors, one `UnitWorker` each, on this machine or on a cluster.
+
+Enters: work units. Leaves: their shards, as they are finished. Always holds: a unit whose worker died, or whose storage
+did not answer, is tried again a bounded number of times; nodes that join later are used, and workers without work are
+given back, so that an autoscaling cluster follows the job.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from pipelines.corpus.errors import StoreError, TransientError
+from pipelines.shards.storage import DiskFullError
+from pipelines.shards.writer import WrittenShard
+from pipelines.tokenize.recipe import TokenizeRecipe
+from pipelines.tokenize.units import WorkUnit
+from pipelines.tokenize.worker import UnitWorker
+
+IN_FLIGHT = 2
+"""Units handed to each worker: the next one waits there while one runs."""
+
+RETRY_AFTER_S = 1.0
+"""Wait before a unit that failed is tried again; twice as long each further time."""
+
+
+class JobError(RuntimeError):
+    """The job had to stop; what it committed stays, and the same command goes on from there."""
+
+
+@dataclass(eq=False)
+class _Actor:
+    handle: Any
+    ready: bool = False
+    running: list[Any] = field(default_factory=list)
+    """Results to come, in the order in which the worker does them."""
+
+
+class Pool:
+    """Workers for one job; a context manager."""
+
+    def __init__(self, recipe: TokenizeRecipe, witness: str) -> None:
+        """Args:
+        witness: name of a file in the dataset; a worker that does not see it writes to a folder of another machine.
+        """
+        self._recipe = recipe
+        self._witness = witness
+        self._actors: list[_Actor] = []
+        self._pending: dict[Any, tuple[_Actor, WorkUnit | None]] = {}
+        """What Ray owes: results with their units, and starting workers with None."""
+        self._tries: Counter[str] = Counter()
+        self._delayed: list[tuple[float, WorkUnit]] = []
+        """Units to be tried again from a time on."""
+        self.ready_s = 0.0
+        """From the start to the first worker that was ready."""
+
+    def __enter__(self) -> Self:
+        began = time.monotonic()
+        settings = self._recipe.cluster
+        # Ray tells on every start that its token authentication is on, as it should be.
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
+        if address := settings.address or os.environ.get("RAY_ADDRESS"):
+            ray.init(address=address, **quiet)
+            count = self._recipe.workers or self._places(settings.cpus_per_worker, settings.gpus_per_worker)
+        else:
+            count = self._recipe.workers or os.cpu_count() or 1
+            # "local", because a Ray that crashed leaves an address behind which the default would try to join.
+            ray.init(
+                address="local",
+                num_cpus=int(count * settings.cpus_per_worker + 0.999),
+                include_dashboard=False,
+                **quiet,
+            )
+        try:
+            options = {"num_cpus": settings.cpus_per_worker, "num_gpus": settings.gpus_per_worker}
+            worker = ray.remote(**options, max_restarts=-1, max_task_retries=0)(UnitWorker)
+            device = "cuda" if settings.gpus_per_worker else "cpu"
+            for _ in range(count):
+                self._actors.append(_Actor(worker.remote(self._recipe, device)))
+                self._await_start(self._actors[-1])
+            self._wait_for_the_first(settings.start_timeout_s)
+        except BaseException:
+            ray.shutdown()
+            raise
+        self.ready_s = time.monotonic() - began
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for actor in self._actors:
+            ray.kill(actor.handle)
+        ray.shutdown()
+
+    def run(self, units: Iterable[WorkUnit], tick_s: float) -> Iterator[tuple[WorkUnit, WrittenShard] | None]:
+        """Do the units, the first ones first; each with its shard as it is finished, None when `tick_s` passed without.
+
+        Raises:
+            JobError: a unit failed as often as the recipe allows.
+        """
+        waiting = deque(units)
+        while waiting or self._delayed or any(actor.running for actor in self._actors):
+            self._hand_out(waiting)
+            pending = list(self._pending)
+            if not pending:
+                time.sleep(min(tick_s, 0.1))
+            done, _ = ray.wait(pending, num_returns=1, timeout=tick_s) if pending else ([], [])
+            if not done:
+                yield None
+            for reference in done:
+                if reference in self._pending and (finished := self._received(reference, waiting)):
+                    yield finished
+
+    def _received(self, reference: Any, waiting: deque[WorkUnit]) -> tuple[WorkUnit, WrittenShard] | None:
+        actor, unit = self._pending[reference]
+        try:
+            result = ray.get(reference)
+        except RayActorError as error:
+            if unit is None:
+                raise
+            # Only the first was being done; the worker comes back, and the others wait for it or for another.
+            lost = [self._pending.pop(r)[1] for r in actor.running]
+            actor.running, actor.ready = [], False
+            self._await_start(actor)
+            waiting.extendleft(u for u in reversed(lost[1:]) if u)
+            assert lost[0]
+            self._again(lost[0], "its worker died without a Python error (out of memory, or killed)", error)
+            return None
+        except RayTaskError as error:
+            if isinstance(error.cause, DiskFullError | StoreError):
+                raise JobError(str(error.cause)) from error
+            if unit is None or not isinstance(error.cause, TransientError):
+                raise
+            self._forget(reference)
+            self._again(unit, str(error.cause), error)
+            return None
+        self._forget(reference)
+        if unit is None:
+            actor.ready = True
+            return None
+        return unit, result
+
+    def _await_start(self, actor: _Actor) -> None:
+        self._pending[actor.handle.ready.remote(self._witness)] = actor, None
+
+    def _forget(self, reference: Any) -> None:
+        actor, unit = self._pending.pop(reference)
+        if unit:
+            actor.running.remove(reference)
+
+    def _hand_out(self, waiting: deque[WorkUnit]) -> None:
+        now = time.monotonic()
+        waiting.extend(unit for due, unit in self._delayed if due <= now)
+        self._delayed = [(due, unit) for due, unit in self._delayed if due > now]
+        for depth in range(IN_FLIGHT):
+            for actor in self._actors:
+                if waiting and actor.ready and len(actor.running) == depth:
+                    unit = waiting.popleft()
+                    reference = actor.handle.run.remote(unit)
+                    actor.running.append(reference)
+                    self._pending[reference] = actor, unit
+        if not waiting and not self._delayed:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Let go of workers for which nothing is left, those that a busy cluster has not started yet too."""
+        idle = [actor for actor in self._actors if not actor.running]
+        for actor in idle[: len(self._actors) - 1]:
+            ray.kill(actor.handle)
+            self._actors.remove(actor)
+            self._pending = {r: owed for r, owed in self._pending.items() if owed[0] is not actor}
+
+    def _again(self, unit: WorkUnit, why: str, error: Exception) -> None:
+        self._tries[unit.id] += 1
+        if self._tries[unit.id] >= self._recipe.units.tries:
+            first, last = unit.slices[0], unit.slices[-1]
+            raise JobError(
+                f"unit {unit.id} failed {self._tries[unit.id]} times, last because {why}: {len(unit.slices)} inputs of "
+                f"source {unit.source}, from {first.input.uri} to {last.input.uri}. Lower units.bytes or workers, or look "
+                "at these inputs; what is done stays committed."
+            ) from error
+        self._delayed.append((time.monotonic() + RETRY_AFTER_S * 2.0 ** (self._tries[unit.id] - 1), unit))
+
+    def _wait_for_the_first(self, timeout_s: float) -> None:
+        done, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
+        if not done:
+            free = ray.available_resources()
+            has = ", ".join(f"{free[name]:g} {name}" for name in ("CPU", "GPU") if name in free)
+            raise JobError(
+                f"no worker could start within cluster.start_timeout_s = {timeout_s:g}: each wants "
+                f"{self._recipe.cluster.cpus_per_worker:g} CPU and {self._recipe.cluster.gpus_per_worker:g} GPU, and the "
+                f"cluster has {has or 'nothing'} free; lower what a worker wants, or wait for the cluster"
+            )
+        for reference in done:
+            self._received(reference, deque())
+
+    @staticmethod
+    def _places(cpus: float, gpus: float) -> int:
+        """Workers that fit the cluster as it is now."""
+        has = ray.cluster_resources()
+        fits = [int(has.get(name, 0) // each) for name, each in (("CPU", cpus), ("GPU", gpus)) if each]
+        return max(min(fits, default=1), 1)
