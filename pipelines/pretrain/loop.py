@@ -6,7 +6,6 @@ is killed at any moment and made again ends with what an undisturbed one ends wi
 
 from __future__ import annotations
 
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch.distributed as dist
 import yaml
 from rich.console import Console
 
-from pipelines.loading import Index, Loader
+from pipelines.loading import Loader
 from pipelines.pretrain.baseline import unigram_cross_entropy
 from pipelines.pretrain.checkpoint import (
     Checkpoint,
@@ -25,6 +24,7 @@ from pipelines.pretrain.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from pipelines.pretrain.data import RunData, make_validator, open_data, train_loader
 from pipelines.pretrain.export import export_model
 from pipelines.pretrain.initialization import share_codebook_directions
 from pipelines.pretrain.metrics import Metrics
@@ -36,7 +36,6 @@ from pipelines.pretrain.run import (
     RunResult,
     claim_folder,
     hold_folder,
-    pin_version,
     read_finished,
     write_finished,
     write_recipe,
@@ -45,7 +44,6 @@ from pipelines.pretrain.schedule import learning_rate_factor
 from pipelines.pretrain.step import clip_gradients, forward_backward, seed_step
 from pipelines.pretrain.validate import CrossEntropy, Validator
 from pipelines.sequence import Vocabulary
-from pipelines.shards.dataset import Dataset
 
 
 def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
@@ -66,17 +64,16 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
         recipe = claim_folder(recipe)
         if finished := _finished(recipe):
             return finished
-        dataset = _open_dataset(recipe, ranks)
-        recipe = pin_version(recipe, dataset.version)
-        index = Index.build(dataset, recipe.data.sequence_length)
-        with _train_loader(recipe, index, ranks) as loader:
-            return _train(recipe, dataset, loader, _validator(recipe, index, ranks), ranks, console or Console())
+        data = open_data(recipe, ranks)
+        recipe = data.recipe
+        with train_loader(data, ranks, recipe.seed) as loader:
+            return _train(recipe, data, loader, make_validator(data, ranks), ranks, console or Console())
 
 
 def _train(
-    recipe: PretrainRecipe, dataset: Dataset, loader: Loader, validator: Validator, ranks: Ranks, console: Console
+    recipe: PretrainRecipe, data: RunData, loader: Loader, validator: Validator, ranks: Ranks, console: Console
 ) -> RunResult:
-    folder, vocabulary, total = Path(recipe.output), dataset.vocabulary, recipe.total_steps
+    folder, vocabulary, total = Path(recipe.output), data.vocabulary, recipe.total_steps
     model = build_model(
         model_config(recipe, vocabulary),
         ranks,
@@ -87,10 +84,10 @@ def _train(
     )
     share_codebook_directions(model, vocabulary, recipe.seed)
     optimizer = make_optimizer(model, recipe.optimizer)
-    start = _resume(folder, dataset, loader, model, optimizer, ranks)
+    start = _resume(folder, data, loader, model, optimizer, ranks)
     if ranks.first:
         write_recipe(recipe)
-    baseline = unigram_cross_entropy(dataset.statistics(), validator.counts, vocabulary) if validator.targets else None
+    baseline = unigram_cross_entropy(data.statistics(), validator.counts, vocabulary) if validator.targets else None
     validation: CrossEntropy | None = None
     weights = recipe.loss_weights.model_dump()
     with Metrics(
@@ -102,7 +99,7 @@ def _train(
         console=console,
         enabled=ranks.first,
     ) as metrics:
-        metrics.say(_opening(recipe, loader.index, model, start, ranks))
+        metrics.say(_opening(recipe, loader, model, start, ranks))
         if baseline and not start:
             metrics.write("baseline", 0, {"loss": baseline.to_json()})
         for step in range(start + 1, total + 1):
@@ -133,7 +130,7 @@ def _train(
     if validation is None and validator.targets:
         # The run was stopped between its last checkpoint and its end.
         validation = validator.evaluate(model)
-    export_model(folder / "model", model, vocabulary, _about(recipe, dataset), ranks)
+    export_model(folder / "model", model, vocabulary, _about(recipe, data), ranks)
     result = RunResult(
         folder=folder,
         steps=total,
@@ -165,50 +162,9 @@ def _due(step: int, every: int, total: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
 
 
-def _open_dataset(recipe: PretrainRecipe, ranks: Ranks) -> Dataset:
-    """The same version on all ranks, also while a job is adding to the dataset."""
-    dataset = Dataset.open(recipe.data.dataset, recipe.data.version)
-    version = ranks.agree(dataset.version)
-    return dataset if dataset.version == version else Dataset.open(recipe.data.dataset, version)
-
-
-def _train_loader(recipe: PretrainRecipe, index: Index, ranks: Ranks) -> Loader:
-    return Loader(
-        index.split(validation=False),
-        sequences=recipe.batch.sequences,
-        micro_batch=recipe.batch.micro_batch,
-        seed=recipe.seed,
-        window_tokens=recipe.data.window_tokens,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        target_sizes=recipe.data.target_sizes,
-        prefetch=recipe.data.prefetch,
-        pin_memory=ranks.device.type == "cuda",
-    )
-
-
-def _validator(recipe: PretrainRecipe, index: Index, ranks: Ranks) -> Validator:
-    sequences = recipe.batch.micro_batch * ranks.world_size
-    loader = Loader(
-        index.split(validation=True),
-        sequences=sequences,
-        micro_batch=recipe.batch.micro_batch,
-        # Runs of different seeds are compared on the same sequences.
-        seed=0,
-        window_tokens=recipe.data.window_tokens,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        endless=False,
-        target_sizes=recipe.data.target_sizes,
-        prefetch=0,
-    )
-    most = None if recipe.validation.sequences is None else -(-recipe.validation.sequences // sequences)
-    return Validator(islice(loader, most), index.dataset.vocabulary, ranks)
-
-
 def _resume(
     folder: Path,
-    dataset: Dataset,
+    data: RunData,
     loader: Loader,
     model: ShardedTransformer,
     optimizer: torch.optim.Optimizer,
@@ -219,35 +175,47 @@ def _resume(
     if not saved:
         return 0
     trained_on = Vocabulary.from_dict(read_checkpoint(saved[-1]).vocabulary)
-    trained_on.require_same(dataset.vocabulary, this=str(saved[-1]), that=dataset.uri)
+    trained_on.require_same(data.vocabulary, this=str(saved[-1]), that=data.first.uri)
     checkpoint = load_checkpoint(saved[-1], model, optimizer, ranks)
     loader.load_state_dict(dict(checkpoint.loader))
     return checkpoint.step
 
 
-def _opening(recipe: PretrainRecipe, index: Index, model: ShardedTransformer, start: int, ranks: Ranks) -> str:
+def _opening(recipe: PretrainRecipe, loader: Loader, model: ShardedTransformer, start: int, ranks: Ranks) -> str:
     begun = f"Going on from step {start:,} of {recipe.total_steps:,}" if start else f"{recipe.total_steps:,} steps"
     backend = model.attention_backend_for(ranks.device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
-    without = f", {index.duplicates:,} duplicates left out" if index.duplicates else ""
     ranks_used = f"{ranks.world_size} x {ranks.device.type}" if ranks.world_size > 1 else ranks.device.type
-    return (
-        f"{begun} of {recipe.tokens_per_step:,} tokens, in {recipe.output}\n"
-        f"model: {model.config.num_parameters():,} parameters, {recipe.precision} on {ranks_used}, attention by "
-        f"{backend}\n"
-        f"data: {index.documents:,} documents of {index.tokens:,} tokens to train on, from {index.dataset.uri} version "
-        f"{index.dataset.version}{without}"
-    )
+    lines = [
+        f"{begun} of {recipe.tokens_per_step:,} tokens, in {recipe.output}",
+        f"model: {model.config.num_parameters():,} parameters, {recipe.precision} on {ranks_used}, attention by {backend}",
+    ]
+    for number, stage in enumerate(loader.stages, start=1):
+        of = f"stage {number}, " if len(loader.stages) > 1 else ""
+        total = sum(component.weight for component in stage.components)
+        for component in stage.components:
+            index = component.index
+            share = f"{component.weight / total:.1%} from " if len(stage.components) > 1 else ""
+            without = f", {index.duplicates:,} duplicates left out" if index.duplicates else ""
+            lines.append(
+                f"data: {of}{share}{index.documents:,} documents of {index.tokens:,} tokens to train on, from "
+                f"{index.dataset.uri} version {index.dataset.version}{without}"
+            )
+    return "\n".join(lines)
 
 
-def _about(recipe: PretrainRecipe, dataset: Dataset) -> dict[str, Any]:
+def _about(recipe: PretrainRecipe, data: RunData) -> dict[str, Any]:
     """What a model's user needs beside its weights."""
-    names = dataset.storage.names("recipes")
-    tokenized_by = yaml.safe_load(dataset.storage.read(f"recipes/{names[-1]}")) if names else {}
+    storage = data.first.storage
+    names = storage.names("recipes")
+    tokenizers = yaml.safe_load(storage.read(f"recipes/{names[-1]}")).get("tokenizers") if names else None
+    if tokenizers and recipe.data.audio_codebooks:
+        tokenizers["audio"]["n_q"] = recipe.data.audio_codebooks
     return {
         "step": recipe.total_steps,
         "tokens": recipe.total_steps * recipe.tokens_per_step,
-        "dataset": dataset.uri,
-        "dataset_version": dataset.version,
-        "tokenizers": tokenized_by.get("tokenizers"),
+        "dataset": data.first.uri,
+        "dataset_version": data.first.version,
+        "datasets": [{"dataset": d.uri, "version": d.version} for d in data.datasets],
+        "tokenizers": tokenizers,
         "recipe": recipe.model_dump(mode="json"),
     }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_type_hints
 from pydantic import Field, create_model, model_validator
 
 from model import MODALITIES, UnifiedTransformerConfig
+from pipelines.pretrain.mixture import MixtureSettings
 from pipelines.recipe import Settings
 from pipelines.sequence import Modality, Vocabulary
 
@@ -20,19 +21,18 @@ _NOT_IN_RECIPES = {f"{name}_vocab_size" for name in MODALITIES} | {"max_sequence
 """They follow from the dataset, from `data.sequence_length`, and from `device`."""
 
 
-class DataSettings(Settings):
-    dataset: str
-    """Folder or URI of the token dataset."""
-    version: int | None = Field(default=None, ge=0)
-    """Pinned version; null takes the newest when the run starts, and keeps to it when the run goes on."""
+class DataSettings(MixtureSettings):
     sequence_length: int = Field(default=4096, ge=8)
     """Tokens of a training sequence: documents are packed into it, and it is the context of the model."""
     window_tokens: int = Field(default=16_000_000, ge=1)
-    """Tokens that are shuffled and packed together, at 5 bytes each in memory; more shuffle better."""
+    """Tokens of a dataset that are shuffled and packed together, at 5 bytes each in memory, up to three times; more
+    shuffle better."""
     target_sizes: int = Field(default=8, ge=1)
     """How many sizes the targets of one head may have; 1 gives one shape, at the price of the largest size always."""
     prefetch: int = Field(default=2, ge=0)
     """Steps made ahead by a thread; 0 makes them when they are needed."""
+    workers: int = Field(default=1, ge=0)
+    """Threads that read ahead; 0 reads when tokens are needed. A mixture of many datasets gains by more."""
 
 
 class _ModelSettings(Settings):
