@@ -25,6 +25,9 @@ POINTS = (
 )
 """In the order in which a unit passes them; those of writing lie in the workers, the others in the driver."""
 
+SAVE_POINTS = ("while_saving", "before_rename")
+"""Those of a checkpoint: its data is written, its record too. A training process passes them."""
+
 _ARMED = os.environ.get("BRAID_CRASH", "")
 _passed = 0
 

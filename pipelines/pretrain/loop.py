@@ -6,6 +6,7 @@ is killed at any moment and made again ends with what an undisturbed one ends wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from pipelines.loading import Loader
 from pipelines.pretrain.baseline import unigram_cross_entropy
 from pipelines.pretrain.checkpoint import (
     Checkpoint,
+    DamagedCheckpointError,
     list_checkpoints,
     load_checkpoint,
-    prune_checkpoints,
     read_checkpoint,
-    save_checkpoint,
+    set_aside,
+    step_of,
 )
 from pipelines.pretrain.data import RunData, make_validator, open_data, train_loader
-from pipelines.pretrain.export import export_model
+from pipelines.pretrain.export import export_checkpoint, export_model
+from pipelines.pretrain.faults import Guard, Watchdog, stacks_left, take_step
 from pipelines.pretrain.initialization import share_codebook_directions
 from pipelines.pretrain.metrics import Metrics
 from pipelines.pretrain.optimizer import make_optimizer, set_learning_rate
@@ -40,6 +43,7 @@ from pipelines.pretrain.run import (
     write_finished,
     write_recipe,
 )
+from pipelines.pretrain.saving import Saver
 from pipelines.pretrain.schedule import learning_rate_factor
 from pipelines.pretrain.step import clip_gradients, forward_backward, seed_step
 from pipelines.pretrain.validate import CrossEntropy, Validator
@@ -84,21 +88,28 @@ def _train(
     )
     share_codebook_directions(model, vocabulary, recipe.seed)
     optimizer = make_optimizer(model, recipe.optimizer)
-    start = _resume(folder, data, loader, model, optimizer, ranks)
+    guard = Guard(recipe.faults, ranks.device)
+    start = _resume(folder, data, loader, model, optimizer, guard, ranks, console)
     if ranks.first:
+        for path in stacks_left(folder):
+            console.print(f"THE RUN BEFORE HUNG: see the stacks in {path}", style="bold red", soft_wrap=True)
         write_recipe(recipe)
     baseline = unigram_cross_entropy(data.statistics(), validator.counts, vocabulary) if validator.targets else None
     validation: CrossEntropy | None = None
     weights = recipe.loss_weights.model_dump()
-    with Metrics(
+    metrics = Metrics(
         folder,
         start=start,
         total_steps=total,
         tokens_per_step=recipe.tokens_per_step,
         settings=recipe.logging,
+        most_not_numbers=recipe.faults.nonfinite_steps,
         console=console,
         enabled=ranks.first,
-    ) as metrics:
+    )
+    exports = _exporter(recipe, data) if recipe.checkpoints.export else None
+    saver = Saver(folder / "checkpoints", recipe.checkpoints, ranks, metrics.say, exports)
+    with Watchdog(folder, recipe.faults, ranks.rank) as watchdog, metrics, saver:
         metrics.say(_opening(recipe, loader, model, start, ranks))
         if baseline and not start:
             metrics.write("baseline", 0, {"loss": baseline.to_json()})
@@ -110,13 +121,16 @@ def _train(
             norm = clip_gradients(model, recipe.gradient_clip)
             learning_rate = recipe.optimizer.learning_rate * learning_rate_factor(recipe.schedule, step - 1, total)
             set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
+            verdict = guard.check(losses, norm, optimizer)
+            take_step(optimizer)
             optimizer.zero_grad()
-            metrics.step(step, losses, norm, learning_rate)
+            metrics.step(step, losses, norm, learning_rate, verdict)
+            watchdog.alive()
             if validator.targets and _due(step, recipe.validation.every, total):
                 with metrics.pause():
                     validation = validator.evaluate(model)
                 metrics.validation(step, validation, baseline)
+                watchdog.alive()
             if _due(step, recipe.checkpoints.every, total):
                 with metrics.pause():
                     state = Checkpoint(
@@ -124,9 +138,10 @@ def _train(
                         loader=loader.state_dict(),
                         recipe=recipe.model_dump(mode="json"),
                         vocabulary=vocabulary.to_dict(),
+                        guard=guard.state_dict(),
                     )
-                    save_checkpoint(folder / "checkpoints", state, model, optimizer, ranks)
-                    prune_checkpoints(folder / "checkpoints", recipe.checkpoints.keep, ranks)
+                    saver.save(state, model, optimizer)
+                watchdog.alive()
     if validation is None and validator.targets:
         # The run was stopped between its last checkpoint and its end.
         validation = validator.evaluate(model)
@@ -168,17 +183,39 @@ def _resume(
     loader: Loader,
     model: ShardedTransformer,
     optimizer: torch.optim.Optimizer,
+    guard: Guard,
     ranks: Ranks,
+    console: Console,
 ) -> int:
-    """Put everything back where the newest checkpoint was; the steps taken until then, 0 without a checkpoint."""
+    """Put everything back where the newest whole checkpoint was; the steps taken until then, 0 without a checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none of them is whole.
+    """
     saved = list_checkpoints(folder / "checkpoints")
-    if not saved:
-        return 0
-    trained_on = Vocabulary.from_dict(read_checkpoint(saved[-1]).vocabulary)
-    trained_on.require_same(data.vocabulary, this=str(saved[-1]), that=data.first.uri)
-    checkpoint = load_checkpoint(saved[-1], model, optimizer, ranks)
-    loader.load_state_dict(dict(checkpoint.loader))
-    return checkpoint.step
+    damaged: list[tuple[Path, DamagedCheckpointError]] = []
+    for path in reversed(saved):
+        try:
+            trained_on = Vocabulary.from_dict(read_checkpoint(path).vocabulary)
+            trained_on.require_same(data.vocabulary, this=str(path), that=data.first.uri)
+            checkpoint = load_checkpoint(path, model, optimizer, ranks)
+        except DamagedCheckpointError as error:
+            damaged.append((path, error))
+            continue
+        for bad, fault in damaged if ranks.first else ():
+            console.print(
+                f"DAMAGED CHECKPOINT: {fault}. It was moved to {set_aside(bad)}, and the run goes on from {path.name}.",
+                style="bold red",
+                markup=False,
+                soft_wrap=True,
+            )
+        guard.load_state_dict(checkpoint.guard)
+        loader.load_state_dict(dict(checkpoint.loader))
+        return checkpoint.step
+    if damaged:
+        # Starting over would throw away what took days, so that is for a person to decide.
+        raise damaged[0][1]
+    return 0
 
 
 def _opening(recipe: PretrainRecipe, loader: Loader, model: ShardedTransformer, start: int, ranks: Ranks) -> str:
@@ -201,6 +238,18 @@ def _opening(recipe: PretrainRecipe, loader: Loader, model: ShardedTransformer, 
                 f"{index.dataset.uri} version {index.dataset.version}{without}"
             )
     return "\n".join(lines)
+
+
+def _exporter(recipe: PretrainRecipe, data: RunData) -> Callable[[Path], None]:
+    """Exports the model of a checkpoint, beside those of others."""
+
+    def export(checkpoint: Path) -> None:
+        about = _about(recipe, data)
+        step = step_of(checkpoint)
+        about |= {"step": step, "tokens": step * recipe.tokens_per_step}
+        export_checkpoint(checkpoint, Path(recipe.output) / "exports" / checkpoint.name, about)
+
+    return export
 
 
 def _about(recipe: PretrainRecipe, data: RunData) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Metrics:
         total_steps: int,
         tokens_per_step: int,
         settings: LoggingSettings,
+        most_not_numbers: int,
         console: Console,
         enabled: bool,
     ) -> None:
@@ -47,9 +48,11 @@ class Metrics:
         Args:
             start: steps taken before; records of later ones are dropped, for those steps are taken again.
             tokens_per_step: padding included.
+            most_not_numbers: steps in a row whose loss or gradient is not a number, before the run is stopped.
         """
         self._enabled = enabled
         self._every = settings.every
+        self._most_not_numbers, self._not_numbers = most_not_numbers, 0
         self._total, self._slots = total_steps, tokens_per_step
         self._console = console
         self._pending: list[tuple[int, float, Tensor]] = []
@@ -104,15 +107,17 @@ class Metrics:
         yield
         self._paused += time.perf_counter() - asked
 
-    def step(self, step: int, losses: Losses, gradient_norm: Tensor, learning_rate: float) -> None:
+    def step(self, step: int, losses: Losses, gradient_norm: Tensor, learning_rate: float, verdict: Tensor) -> None:
         """Record a training step. Its values stay on the device until lines are written, all in one transfer.
 
+        Args:
+            verdict: `Guard.check` of the step.
+
         Raises:
-            RunError: a loss or gradient is not finite.
+            RunError: too many steps in a row had a loss or gradient that is not a number.
         """
-        values = torch.cat(
-            [losses.sums, losses.counts.double(), losses.tokens.double()[None], gradient_norm.double()[None]]
-        )
+        scalars = [losses.tokens, gradient_norm, verdict]
+        values = torch.cat([losses.sums, losses.counts.double(), *(scalar.double()[None] for scalar in scalars)])
         self._pending.append((step, learning_rate, values))
         if step % self._every == 0 or step == self._total:
             self._flush()
@@ -156,24 +161,42 @@ class Metrics:
         waited = self._waited / len(rows)
         record: dict[str, Any] = {}
         for (step, learning_rate, _), row in zip(self._pending, rows, strict=True):
-            sums, counts, tokens, norm = row[:3], row[3:6], row[6], row[7]
-            if not (math.isfinite(sum(sums)) and math.isfinite(norm)):
-                raise RunError(
-                    f"step {step}: the loss or its gradient is not a number ({sum(sums)}, {norm}); the last checkpoint "
-                    "is whole. Lower optimizer.learning_rate, or raise schedule.warmup_steps, in a new run."
-                )
+            sums, counts, (tokens, norm, verdict) = row[:3], row[3:6], row[6:]
+            fault = _FAULTS[int(verdict)]
+            self._not_numbers = self._not_numbers + 1 if fault == "not a number" else 0
             record = {
-                "loss": {name: s / n if n else None for name, s, n in zip(MODALITIES, sums, counts, strict=True)},
+                "loss": {
+                    name: _finite(s / n) if n else None for name, s, n in zip(MODALITIES, sums, counts, strict=True)
+                },
                 "targets": {name: int(n) for name, n in zip(MODALITIES, counts, strict=True)},
                 "learning_rate": learning_rate,
-                "gradient_norm": norm,
+                "gradient_norm": _finite(norm),
                 "tokens_per_s": tokens / seconds,
                 "padding_share": 1 - tokens / self._slots,
                 "data_wait_share": waited / seconds,
             }
+            if fault:
+                record["fault"] = fault
+                self.say(f"step {step}: {fault}; losses {record['loss']}, gradient norm {norm:.3g}")
             self.write("train", step, record)
+            if self._not_numbers >= self._most_not_numbers:
+                raise RunError(
+                    f"step {step}: the loss or its gradient is not a number for {self._not_numbers} steps in a row "
+                    f"(losses {dict(zip(MODALITIES, sums, strict=True))}, gradient norm {norm}). These steps were skipped, "
+                    "and the last checkpoint is whole. Lower optimizer.learning_rate, or raise schedule.warmup_steps, in a "
+                    "new run."
+                )
         self._last = record
         self._pending, self._waited, self._paused, self._since = [], 0.0, 0.0, now
+
+
+_FAULTS = ("", "not a number", "spike, skipped", "spike")
+"""By `Guard.check`."""
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no other numbers."""
+    return value if math.isfinite(value) else None
 
 
 def describe(record: Record) -> str:

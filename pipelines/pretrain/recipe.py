@@ -72,8 +72,8 @@ class OptimizerSettings(Settings):
 
 
 class ScheduleSettings(Settings):
-    kind: Literal["cosine", "wsd"] = "cosine"
-    """Warmup and cosine for a fixed budget; warmup, stable, decay for one that may grow."""
+    kind: Literal["cosine", "linear", "wsd"] = "cosine"
+    """Warmup, and then a cosine or a line for a fixed budget; warmup, stable, decay for one that may grow."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """null is 100, or a tenth of all steps where that is less."""
     decay_steps: int | None = Field(default=None, ge=1)
@@ -123,6 +123,23 @@ class CheckpointSettings(Settings):
     """Steps between checkpoints; the last step always has one."""
     keep: int = Field(default=2, ge=1)
     """How many of the newest to keep."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Keep those of steps that this divides, too."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in host memory."""
+    export: bool = False
+    """Export the model of every checkpoint to RUN/exports/, too."""
+
+
+class FaultSettings(Settings):
+    nonfinite_steps: int = Field(default=3, ge=1)
+    """Steps whose loss or gradient is not a number are skipped; so many in a row stop the run."""
+    spikes: Literal["record", "skip"] = "record"
+    """What is done with a step in which the loss of a modality rises beyond `spike_sigmas` standard deviations of the last
+    fifty steps: it is marked in the metrics, or skipped, too."""
+    spike_sigmas: float = Field(default=6.0, gt=0)
+    hang_s: float = Field(default=1800.0, ge=0)
+    """A rank that takes longer for a step, a validation or a checkpoint writes down its stacks and ends; 0 waits for ever."""
 
 
 class LoggingSettings(Settings):
@@ -158,6 +175,7 @@ class PretrainRecipe(Settings):
     """Of the initial weights, the order of the data and dropout."""
     validation: ValidationSettings = ValidationSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
+    faults: FaultSettings = FaultSettings()
     logging: LoggingSettings = LoggingSettings()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)

@@ -27,7 +27,10 @@ from pipelines.pretrain.validate import CrossEntropy
 from pipelines.recipe import dump_recipe, read_recipe
 from pipelines.shards.storage import Storage
 
-_MAY_CHANGE = ("threads", "logging.", "data.prefetch", "data.workers", "checkpoints.", "validation.every")
+_MAY_CHANGE = (
+    "threads", "logging.", "data.prefetch", "data.workers", "checkpoints.", "validation.every", "faults.hang_s",
+    "faults.nonfinite_steps",
+)  # fmt: skip
 """Keys of a recipe that a run may go on with another value of: they change nothing that is learned."""
 
 
