@@ -192,6 +192,21 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """What its record says of a checkpoint, in plain words.
+
+    Raises:
+        CheckpointError: see `read_checkpoint`.
+    """
+    record = _record(path)
+    return {
+        "step": record["step"],
+        "world_size": record["world_size"],
+        "fingerprint": record["fingerprint"],
+        **record["code"],
+    }
+
+
 def set_aside(path: Path) -> Path:
     """Give a damaged checkpoint a name under which no run goes on from it, for people to look at."""
     number = 1

@@ -2,7 +2,8 @@
 
 Enters: losses and gradient norm of each step, on the device. Leaves: for the optimizer, whether to take the step; for a
 person, why a run was stopped. Always holds: the host never waits for the device; all ranks decide alike, because they
-decide from values that are summed over all of them; and a run that was killed and went on skips the steps that an undisturbed one skips.
+decide from values that are summed over all of them; and a run that was killed and went on skips the same steps as an
+undisturbed one.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python -m tests.campaigns.pretrain_kills --kills 40 --seed 1 --log docs/campaigns/pretrain_kills.md
 
-Every trial trains a tiny model in fp32 on the CPU, with one rank or two under torchrun, from a mixture of two datasets, packed,
-and kills it: one rank or all of them by SIGKILL at a random moment, one at a named place while it saves (`pipelines.crash`), or
-one by SIGSTOP, which the other's watchdog notices. The same command is given again until the run ends well. Then weights and
-metrics must be, bit by bit, those of the undisturbed run with as many ranks. Some trials change the number of ranks between
-starts; their losses must be within 1e-5.
+Every trial trains a tiny model in fp32 on the CPU, with one rank or two under torchrun, from a mixture of two datasets,
+packed, and kills it: one rank or all of them by SIGKILL at a random moment, one at a named place while it saves
+(`pipelines.crash`), or one by SIGSTOP, which the other's watchdog notices. The same command is given again until the run ends
+well. Then weights and metrics must be, bit by bit, those of the undisturbed run with as many ranks. Some trials change the
+number of ranks between starts; their losses must be within 1e-5.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ class Campaign:
             return
         chosen = ranks if kill.kind == "all ranks" else [self.random.choice(ranks)]
         number = signal.SIGSTOP if kill.kind == "stopped rank" else signal.SIGKILL
-        kill.landed = any([_signal(pid, number) for pid in chosen])
+        # All of them, whichever are still there.
+        kill.landed = True in {pid: _signal(pid, number) for pid in chosen}.values()
         if number == signal.SIGSTOP and len(ranks) == 1:
             # Alone, nobody notices: an operator kills it.
             time.sleep(1)
