@@ -39,8 +39,8 @@ class Guard:
         self._variance = torch.zeros(count, dtype=torch.float64, device=device)
         self._seen = torch.zeros(count, dtype=torch.float64, device=device)
 
-    def check(self, losses: Losses, gradient_norm: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Tell the optimizer whether to skip the coming step.
+    def check(self, losses: Losses, gradient_norm: Tensor) -> Tensor:
+        """Whether to take the coming step.
 
         Returns:
             float32 scalar on the device: 0 take it, 1 something is not a number, 2 a modality's loss is a spike and is
@@ -52,10 +52,7 @@ class Guard:
         deviation = means - self._mean
         known = present & (self._seen >= _LEARNING)
         spike = (known & (deviation > self._settings.spike_sigmas * self._variance.sqrt())).any() & ~broken
-        skipped = broken | spike if self._settings.spikes == "skip" else broken
         self._learn(present & ~broken & ~spike, deviation)
-        # What gradient scalers use: torch's fused optimizers then leave weights, moments and step count alone.
-        optimizer.found_inf = skipped.to(torch.float32)  # type: ignore[attr-defined]
         kind = 2.0 if self._settings.spikes == "skip" else 3.0
         return torch.where(broken, 1.0, torch.where(spike, kind, 0.0)).to(torch.float32)
 
@@ -82,12 +79,15 @@ class Guard:
             getattr(self, f"_{name}").copy_(torch.tensor(state[name], dtype=torch.float64))
 
 
-def take_step(optimizer: torch.optim.Optimizer) -> None:
-    """Step, unless `Guard.check` forbade it."""
-    groups = optimizer.param_groups
-    heeds = all(group.get("fused") for group in groups) or getattr(optimizer, "heeds_found_inf", False)
-    # Others have to be held back from here, for which the host has to know.
-    if heeds or not bool(optimizer.found_inf):  # type: ignore[attr-defined]
+def take_step(optimizer: torch.optim.Optimizer, verdict: Tensor) -> None:
+    """Step, unless `Guard.check` forbids it: then weights, moments and step count stay as they are."""
+    skip = (verdict == 1) | (verdict == 2)
+    if all(group.get("fused") for group in optimizer.param_groups) or getattr(optimizer, "heeds_found_inf", False):
+        # What gradient scalers tell optimizers, which then decide on the device.
+        optimizer.found_inf = skip.to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not bool(skip):
+        # Others have to be held back from here, for which the host has to know.
         optimizer.step()
 
 
