@@ -103,8 +103,7 @@ def test_windows_do_not_show(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     recipe = _recipe(folder, "tokenizers.image.fit=buckets")
     rows = []
     for number, documents, size in ((0, 64, 2**26), (1, 1, 2**26), (2, 64, 3000)):
-        monkeypatch.setattr(working, "WINDOW_DOCUMENTS", documents)
-        monkeypatch.setattr(working, "WINDOW_BYTES", size)
+        monkeypatch.setattr(working, "ON_CPU", working.Window(documents=documents, size=size))
         dataset = run_units(recipe.model_copy(update={"dataset": str(tmp_path / str(number))}))
         rows.append(sorted((row["row_id"], row["token_ids"]) for batch in dataset.read() for row in batch.to_pylist()))
     assert rows[0] == rows[1] == rows[2]
