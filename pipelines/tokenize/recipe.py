@@ -24,6 +24,8 @@ Channel = Annotated[int, Field(ge=0, le=255)]
 class TextTokenizerSettings(Settings):
     model: str = "mistral-v1"
     """A SentencePiece `.model` file, or the name of a packaged one."""
+    engine: Literal["auto", "gigatoken", "sentencepiece"] = "auto"
+    """Who encodes: `auto` takes gigatoken where its ids are the sentencepiece library's own, and that library elsewhere."""
     max_characters: int = Field(10_000_000, ge=1)
     """Documents with a longer text are quarantined: one without spaces takes some 60 bytes of memory a character."""
 

@@ -52,7 +52,7 @@ class Tokenizers:
         if settings.image:
             dtype = torch.float32 if device == "cpu" else getattr(torch, settings.image.dtype)
             image = ImageTokenizer.load(settings.image.checkpoint, device, dtype)
-        return cls(text=TextTokenizer.load(settings.text.model), image=image, audio=audio)
+        return cls(text=TextTokenizer.load(settings.text.model, settings.text.engine), image=image, audio=audio)
 
     def vocabulary(self, recipe: TokenizeRecipe) -> Vocabulary:
         """What the ids made with these tokenizers and this recipe mean."""
