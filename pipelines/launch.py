@@ -1,8 +1,8 @@
 """The two jobs on a cluster: what `--on slurm` does.
 
-Enters: a resolved recipe and a cluster recipe. Leaves: a queued job, or what `--dry-run` shows. Always holds: the job runs the
-resolved recipe with the code of this moment, in the directory of this moment; its folder lies in the run's folder, or in
-the dataset's, unless the cluster recipe names another place.
+Enters: a resolved recipe and a cluster recipe. Leaves: a queued job, or what `--dry-run` shows. Always holds: the job runs
+the resolved recipe with the code of this moment, in the directory of this moment; its folder lies in the run's folder, or
+in the dataset's, unless the cluster recipe names another place.
 """
 
 from __future__ import annotations
@@ -129,11 +129,12 @@ def pretrain_cost(recipes: Sequence[PretrainRecipe], cluster: ClusterRecipe) -> 
         # Weights and two moments in fp32; a checkpoint is written before the oldest goes. The exported model is weights.
         size += parameters * (12 * (recipe.checkpoints.keep + 1) + 4)
     hours = flops / (ASSUMED_TFLOPS * 1e12) / 3600
+    most = len(recipes) * cluster.gpu_hours
+    allocation = f"{cluster.nodes} nodes of {cluster.gpus_per_node} GPUs for {cluster.time}"
     return (
-        f"About {hours:,.2g} GPU-hours at {ASSUMED_TFLOPS} TFLOP/s for {flops:,.2g} FLOP; one start uses at most "
-        f"{len(recipes) * cluster.gpu_hours:,.1f} ({cluster.nodes} nodes of {cluster.gpus_per_node} GPUs for {cluster.time}).\n"
-        f"About {size / 1e9:,.2f} GB on disk: {recipes[0].checkpoints.keep} checkpoints, one more while it is written, and the "
-        "model. Nothing was submitted."
+        f"About {hours:,.2g} GPU-hours at {ASSUMED_TFLOPS} TFLOP/s for {flops:,.2g} FLOP; one start uses at most {most:,.1f} "
+        f"({allocation}).\nAbout {size / 1e9:,.2g} GB on disk: {recipes[0].checkpoints.keep} checkpoints, one more while it "
+        "is written, and the model. Nothing was submitted."
     )
 
 

@@ -143,15 +143,11 @@ def _partition_faults(recipe: ClusterRecipe, name: str, partition: dict[str, str
         ("memory_gb", memory_mb, [n.memory_mb for n in nodes], "MB of memory"),
     )
     for key, wanted, there, what in wants:
-        largest = max(there, default=0)
+        largest, said = max(there, default=0), recipe.memory_gb if key == "memory_gb" else wanted
         if wanted > largest:
-            faults.append(
-                f"{key} = {wanted if key != 'memory_gb' else recipe.memory_gb}: no node of partition {name} has more than {largest} {what}"
-            )
+            faults.append(f"{key} = {said}: no node of partition {name} has more than {largest} {what}")
         elif (fitting := sum(has >= wanted for has in there)) < recipe.nodes <= count:
-            faults.append(
-                f"{key} = {wanted}: only {fitting} nodes of partition {name} have so many {what}; nodes = {recipe.nodes}"
-            )
+            faults.append(f"{key} = {said}: only {fitting} nodes of partition {name} have so many {what}")
     return faults
 
 

@@ -17,7 +17,7 @@ FOLDER_VARIABLE = "BRAID_JOB_FOLDER"
 
 
 class LostRanksError(RuntimeError):
-    """Other tasks of the job no longer answer, and this one has no fault: the job is queued again, a bounded number of times."""
+    """Other tasks of the job no longer answer, and this one has no fault: it is queued again, a bounded number of times."""
 
 
 @dataclass

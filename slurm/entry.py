@@ -53,9 +53,9 @@ class Entry:
                 rendezvous.join()
                 self.run()
             else:
-                from slurm import ray_cluster
+                from slurm.ray_cluster import run
 
-                ray_cluster.run(self, task)
+                run(self, task)
         except LostRanksError as error:
             if not task.requeued:
                 _leave(task, "lost", error)

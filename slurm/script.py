@@ -45,8 +45,11 @@ _REQUEUE = """\
 braid_status=$?
 braid_id="${braid_attempt%-*}"
 braid_requeue() {
+  said="$(scontrol show job -o "$SLURM_JOB_ID")"
+  case "$said" in *JobState=CANCELLED*) exit "$braid_status" ;; esac
+  # For whoever asks later why it stopped: the controller forgets it.
+  echo "$said BraidAsked=$(date +%s) BraidSignal=@SIGNAL@" >"controller-$braid_attempt.txt"
   # SLURM ends this script when it has taken the job back.
-  if scontrol show job -o "$SLURM_JOB_ID" | grep -q "JobState=CANCELLED"; then exit "$braid_status"; fi
   scontrol requeue "$braid_id" && sleep 120
 }
 if [ -e "requeue-$braid_attempt.json" ]; then
@@ -70,12 +73,14 @@ fi
 exit "$braid_status"
 """
 
-_NODE_TIMEOUT = '"$(scontrol show config | awk \'$1 == "SlurmdTimeout" { print $3 + 30; found = 1 } END { if (!found) print 330 }\')"'
+_AWK = '$1 == "SlurmdTimeout" { print $3 + 30; found = 1 } END { if (!found) print 330 }'
+_NODE_TIMEOUT = f"\"$(scontrol show config | awk '{_AWK}')\""
 
 
 def after_the_tasks(cluster: ClusterRecipe, folder: Path) -> list[str]:
     """Decide how the job goes on."""
     text = _REQUEUE.replace("@TIMEOUT@", _NODE_TIMEOUT).replace("@MOST@", str(cluster.lost_rank_restarts))
+    text = text.replace("@SIGNAL@", str(cluster.signal_before_s))
     # First of all, for everything that comes between changes it.
     first, status, *others = text.splitlines()
     return [status, first, f"cd {shlex.quote(str(folder))} || exit $braid_status", *others]

@@ -12,6 +12,7 @@ directory, so that no list of jobs has to be kept anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -91,16 +92,20 @@ def submit_many(
     after: Iterable[str] = (),
     resumes: str = "",
     at_once: int | None = None,
+    archive: Path | None = None,
 ) -> JobHandle:
     """Queue an array of jobs that differ in their recipes and arguments alone; one is a plain job. See `submit`.
 
     Args:
         at_once: how many of them may run at a time; None is all.
+        archive: the code of an earlier job; None takes that of this moment.
     """
     folder = folder.absolute()
     check(cluster, next(p for p in folder.parents if p.exists()))
     made = _make_folder(folder)
     try:
+        if archive is not None:
+            shutil.copyfile(archive, folder / "code.zip")
         entries = [_prepare(task, folder, f"-{n}" if len(tasks) > 1 else "") for n, task in enumerate(tasks)]
         _record(tasks, cluster, folder, resumes)
         executor = _executor(tasks[0], cluster, folder, after, at_once)
@@ -117,6 +122,34 @@ def submit_many(
     job_id = ids[0].partition("_")[0]
     write_record(folder / "id.json", {"id": job_id, "tasks": len(ids)})
     return JobHandle(id=job_id, folder=folder, tasks=ids if len(ids) > 1 else ())
+
+
+def resubmit(folder: Path, *, job_id: str, cluster: ClusterRecipe | None = None) -> JobHandle:
+    """Queue a job once more: the same recipe, code and directory, in a new folder beside its own.
+
+    Args:
+        folder, job_id: of the job that has ended.
+        cluster: other settings; None takes the same.
+
+    Raises:
+        SubmissionError: the folder holds no job, or the cluster would refuse it.
+    """
+    record = read_job(folder)
+    if record is None:
+        raise SubmissionError(f"{folder}: no folder of a job, so nothing can be submitted again from it")
+    tasks = [
+        Task(**{**task, "recipe": str(path)}) for task, path in zip(record["tasks"], _recipes(folder), strict=True)
+    ]
+    settings = cluster or ClusterRecipe.model_validate_json(json.dumps(record["cluster"]))
+    with contextlib.chdir(record["directory"]):
+        return submit_many(
+            tasks, settings, new_folder(folder.parent, tasks[0].name), resumes=job_id, archive=folder / "code.zip"
+        )
+
+
+def _recipes(folder: Path) -> list[Path]:
+    one = folder / "recipe.yaml"
+    return [one] if one.exists() else sorted(folder.glob("recipe-*.yaml"), key=lambda p: int(p.stem.rpartition("-")[2]))
 
 
 def script(task: Task, cluster: ClusterRecipe, folder: Path, *, tasks: int = 1, after: Iterable[str] = ()) -> str:
