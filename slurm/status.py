@@ -206,28 +206,50 @@ def _attempts(job_id: str, folder: Path, live: _Record | None, past: list[_Recor
     numbers = [
         int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(rf"attempt-{re.escape(job_id)}-(\d+)\.json", p.name))
     ]
-    started = [record for record in past if _time(record["started"]) is not None]
-    if live and live["state"] != "PENDING" and (not started or _time(started[-1]["started"]) != _time(live["started"])):
-        # The accounting has not heard of this start.
-        started.append(live)
+    started = _starts(past)
+    if live and live["state"] not in _WAITS:
+        since = _time(live["started"])
+        if not started or since is None or since > (_time(started[-1]["started"]) or 0.0) + 1:
+            # The accounting has not heard of this start.
+            started.append(live)
     made = []
     for number in range(max(len(started), max(numbers, default=-1) + 1)):
         record = started[number] if number < len(started) else {}
-        last = number == len(started) - 1
-        state = live["state"] if live and last and live["state"] != "PENDING" else record.get("state", "UNKNOWN")
-        running = state in _RUNS
-        begun = _read(folder / f"attempt-{job_id}-{number}.json")
+        state = record.get("state", "UNKNOWN")
+        if live and number == len(started) - 1:
+            # Nor has it of its end, perhaps.
+            state = live["state"] if live["state"] not in _WAITS else "REQUEUED" if state in _RUNS else state
+        elif state in _RUNS:
+            state = "REQUEUED"
+        left = _read(folder / f"attempt-{job_id}-{number}.json")
         made.append(
             Attempt(
                 number=number,
                 state=state,
-                nodes=record.get("nodes") or str(begun.get("nodes", "")),
-                started=_time(record.get("started", "")) or begun.get("started"),
-                ended=None if running else _time(record.get("ended", "")),
-                why="" if running or state == "COMPLETED" else causes.of_an_end(folder, f"{job_id}-{number}", state),
+                nodes=record.get("nodes") or str(left.get("nodes", "")),
+                started=_time(record.get("started", "")) or left.get("started"),
+                ended=None if state in _RUNS else _time(record.get("ended", "")),
+                why=""
+                if state in _RUNS or state == "COMPLETED"
+                else causes.of_an_end(folder, f"{job_id}-{number}", state),
             )
         )
     return tuple(made)
+
+
+def _starts(past: Iterable[_Record]) -> list[_Record]:
+    """The records of starts; what follows on a RESIZING one is the same start, with the nodes that it has left."""
+    found: list[_Record] = []
+    resized: _Record | None = None
+    for record in past:
+        if _time(record["started"]) is None:
+            continue
+        if resized:
+            record = {**record, "started": resized["started"], "nodes": resized["nodes"]}
+        resized = record if record["state"] == "RESIZING" else None
+        if not resized:
+            found.append(record)
+    return found
 
 
 def _forgotten(job_id: str, folder: Path, record: Mapping[str, Any]) -> JobStatus:
