@@ -30,6 +30,8 @@ ACTIVE = frozenset(_WAITS | _RUNS)
 LAG_S = 60.0
 """For so long after its submission a job that nobody knows is taken for one that nobody knows yet."""
 
+_NOWHERE = ("", "None assigned")
+
 _QUEUE = "%i|%T|%r|%N|%V|%S|%e|%l|%j|%Z"
 _ACCOUNT = "JobID,State,Reason,NodeList,Submit,Start,End,Timelimit,JobName,ExitCode,WorkDir"
 
@@ -184,7 +186,7 @@ def _status(job_id: str, folder: Path, live: _Record | None, past: list[_Record]
         state=state,
         source="controller" if live else "accounting",
         why="",
-        nodes=newest["nodes"] if newest["nodes"] != "None assigned" else "",
+        nodes="" if newest["nodes"] in _NOWHERE else newest["nodes"],
         submitted=_time(past[0]["submitted"] if past else newest["submitted"]),
         started=_time(newest["started"]) if state != "PENDING" else None,
         ended=_time(newest["ended"]) if state not in ACTIVE else None,
@@ -207,7 +209,7 @@ def _attempts(job_id: str, folder: Path, live: _Record | None, past: list[_Recor
         int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(rf"attempt-{re.escape(job_id)}-(\d+)\.json", p.name))
     ]
     started = _starts(past)
-    if live and live["state"] not in _WAITS:
+    if live and live["state"] not in _WAITS and live["nodes"] not in _NOWHERE:
         since = _time(live["started"])
         if not started or since is None or since > (_time(started[-1]["started"]) or 0.0) + 1:
             # The accounting has not heard of this start.
@@ -242,7 +244,8 @@ def _starts(past: Iterable[_Record]) -> list[_Record]:
     found: list[_Record] = []
     resized: _Record | None = None
     for record in past:
-        if _time(record["started"]) is None:
+        if _time(record["started"]) is None or record["nodes"] in _NOWHERE:
+            # It waited, or was cancelled while it did.
             continue
         if resized:
             record = {**record, "started": resized["started"], "nodes": resized["nodes"]}
