@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from pipelines.cli import datasets, runs, tokenizers, training
+from pipelines.cli import datasets, jobs, runs, tokenizers, training
 from pipelines.cli.options import err
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.add_typer(datasets.quarantine_app, name="quarantine")
 app.add_typer(tokenizers.app, name="tokenizer")
 app.add_typer(runs.checkpoint_app, name="checkpoint")
 app.add_typer(runs.runs_app, name="runs")
+app.add_typer(jobs.app, name="jobs")
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from pipelines.pretrain.data import RunData, make_validator, open_data, train_lo
 from pipelines.pretrain.export import export_checkpoint, export_model
 from pipelines.pretrain.faults import Guard, Watchdog, stacks_left, take_step
 from pipelines.pretrain.initialization import share_codebook_directions
+from pipelines.pretrain.interruption import Interruption, lost_ranks
 from pipelines.pretrain.metrics import Metrics
 from pipelines.pretrain.optimizer import make_optimizer, set_learning_rate
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer, build_model, join_ranks
@@ -55,7 +56,7 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
 
     Raises:
         RunError: the run folder is another run's or another process trains there, one of its files is damaged, or the
-            loss is no longer a number.
+            loss is no longer a number; an `InterruptedRunError`: the run was told to stop, and saved.
         DatasetError, LoadingError: the dataset cannot be opened, or not be trained on with this sequence length.
         CheckpointError: the newest checkpoint is damaged.
         VocabularyError: the checkpoint was trained on another vocabulary.
@@ -63,7 +64,7 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
     claim_folder(recipe)
     if finished := _finished(recipe):
         return finished
-    with join_ranks(recipe.device, recipe.threads) as ranks, hold_folder(Path(recipe.output), ranks):
+    with lost_ranks(), join_ranks(recipe.device, recipe.threads) as ranks, hold_folder(Path(recipe.output), ranks):
         # Again, because whoever held the folder until now may have pinned a version, or finished the run.
         recipe = claim_folder(recipe)
         if finished := _finished(recipe):
@@ -109,7 +110,12 @@ def _train(
     )
     exports = _exporter(recipe, data) if recipe.checkpoints.export else None
     saver = Saver(folder / "checkpoints", recipe.checkpoints, ranks, metrics.say, exports)
-    with Watchdog(folder, recipe.faults, ranks.rank) as watchdog, metrics, saver:
+    with (
+        Watchdog(folder, recipe.faults, ranks.rank) as watchdog,
+        metrics,
+        Interruption(ranks) as interruption,
+        saver,
+    ):
         metrics.say(_opening(recipe, loader, model, start, ranks))
         if baseline and not start:
             metrics.write("baseline", 0, {"loss": baseline.to_json()})
@@ -131,7 +137,8 @@ def _train(
                     validation = validator.evaluate(model)
                 metrics.validation(step, validation, baseline)
                 watchdog.alive()
-            if _due(step, recipe.checkpoints.every, total):
+            interrupted = interruption.agreed()
+            if interrupted or _due(step, recipe.checkpoints.every, total):
                 with metrics.pause():
                     state = Checkpoint(
                         step=step,
@@ -141,7 +148,11 @@ def _train(
                         guard=guard.state_dict(),
                     )
                     saver.save(state, model, optimizer)
+                    if interrupted:
+                        saver.wait(last=True)
                 watchdog.alive()
+            if interrupted and step < total:
+                interruption.stop(step)
     if validation is None and validator.targets:
         # The run was stopped between its last checkpoint and its end.
         validation = validator.evaluate(model)
