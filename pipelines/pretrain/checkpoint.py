@@ -62,13 +62,6 @@ class Checkpoint:
     """`Guard.state_dict`: what losses were usual."""
 
 
-def save_checkpoint(
-    folder: Path, checkpoint: Checkpoint, model: ShardedTransformer, optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> Path:
-    """Write a checkpoint; every rank must call it. Returns its folder."""
-    return write_checkpoint(folder, checkpoint, state_of(model, optimizer), ranks)
-
-
 def state_of(model: ShardedTransformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Weights and moments as DCP takes them, sharing the memory of the model and the optimizer."""
     weights, moments = get_state_dict(model, optimizer)

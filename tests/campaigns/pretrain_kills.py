@@ -4,9 +4,9 @@
 
 Every trial trains a tiny model in fp32 on the CPU, with one rank or two under torchrun, from a mixture of two datasets,
 packed, and kills it: one rank or all of them by SIGKILL at a random moment, one at a named place while it saves
-(`pipelines.crash`), or one by SIGSTOP, which the other's watchdog notices. The same command is given again until the run ends
-well. Then weights and metrics must be, bit by bit, those of the undisturbed run with as many ranks. Some trials change the
-number of ranks between starts; their losses must be within 1e-5.
+(`pipelines.crash`), one by SIGSTOP, which the other's watchdog notices, or by SIGUSR2, after which all save. The same command
+is given again until the run ends well. Then weights and metrics must be, bit by bit, those of the undisturbed run with as many
+ranks. Some trials change the number of ranks between starts; their losses must be within 1e-5.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -44,7 +44,7 @@ class Kill:
     """One kill: of one rank or all, at a named place or when some steps are done."""
 
     kind: str
-    """`one rank`, `all ranks`, `stopped rank`, or a name of `SAVE_POINTS`."""
+    """`one rank`, `all ranks`, `stopped rank`, `told to stop`, or a name of `SAVE_POINTS`."""
     step: int = 0
     """Steps of this start that are done when it strikes."""
     count: int = 1
@@ -98,7 +98,7 @@ class Campaign:
     def kills(self) -> Iterator[Kill]:
         """An endless plan in which every kind comes up."""
         while True:
-            kinds = ["one rank", "all ranks", *SAVE_POINTS, "one rank", "stopped rank"]
+            kinds = ["one rank", "all ranks", *SAVE_POINTS, "one rank", "stopped rank", "told to stop"]
             for kind in self.random.sample(kinds, len(kinds)):
                 yield Kill(kind=kind, step=self.random.randint(0, STEPS // 3), count=self.random.randint(1, 3))
 
@@ -140,7 +140,7 @@ class Campaign:
         if not ranks or process.poll() is not None:
             return
         chosen = ranks if kill.kind == "all ranks" else [self.random.choice(ranks)]
-        number = signal.SIGSTOP if kill.kind == "stopped rank" else signal.SIGKILL
+        number = {"stopped rank": signal.SIGSTOP, "told to stop": signal.SIGUSR2}.get(kill.kind, signal.SIGKILL)
         # All of them, whichever are still there.
         kill.landed = True in {pid: _signal(pid, number) for pid in chosen}.values()
         if number == signal.SIGSTOP and len(ranks) == 1:
@@ -212,8 +212,18 @@ def _signal(pid: int, number: int) -> bool:
     return True
 
 
-def run(kills: int, seed: int, report: list[str], worlds: tuple[int, ...] = (1, 2)) -> list[str]:
-    """Bring so many kills to land; the faults that were found."""
+def run(
+    kills: int,
+    seed: int,
+    report: list[str],
+    worlds: tuple[int, ...] = (1, 2),
+    told: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Bring so many kills to land; the faults that were found.
+
+    Args:
+        told: called after each trial.
+    """
     faults: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         campaign = Campaign(Path(folder), seed, worlds)
@@ -231,6 +241,7 @@ def run(kills: int, seed: int, report: list[str], worlds: tuple[int, ...] = (1, 
             outcome = fault or ("equal" if len(set(of)) == 1 else "within 1e-5")
             report.append(f"| {trial} | {ranks} | {'; '.join(map(str, chosen)) or 'none landed'} | {outcome} |")
             print(f"{landed}/{kills} {report[-1]}", flush=True)
+            told()
             if fault:
                 faults.append(f"trial {trial}: {fault}")
                 print((Path(folder) / f"t{trial}.log").read_text(errors="replace")[-3000:], flush=True)
@@ -245,7 +256,20 @@ def main() -> None:
     arguments = parser.parse_args()
     report: list[str] = []
     began = time.monotonic()
-    faults = run(arguments.kills, arguments.seed, report)
+
+    def tell() -> None:
+        # After each trial, so that what was found is there if the campaign itself is stopped.
+        if arguments.log:
+            arguments.log.parent.mkdir(exist_ok=True)
+            arguments.log.write_text(_log(arguments.kills, arguments.seed, report, time.monotonic() - began), "utf-8")
+
+    faults = run(arguments.kills, arguments.seed, report, told=tell)
+    print(_log(arguments.kills, arguments.seed, report, time.monotonic() - began).split("\n\n")[1])
+    if faults:
+        sys.exit("\n".join(faults))
+
+
+def _log(kills: int, seed: int, report: list[str], seconds: float) -> str:
     kinds = Counter(
         kill.partition(" at ")[0].partition(",")[0]
         for line in report
@@ -253,21 +277,15 @@ def main() -> None:
         if kill != "none landed"
     )
     counted = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    text = (
+    good = sum(line.endswith(("| equal |", "| within 1e-5 |")) for line in report)
+    return (
         "# Kills of pretraining\n\n"
-        f"{date.today()}, `python -m tests.campaigns.pretrain_kills --kills {arguments.kills} --seed {arguments.seed}`, "
-        f"{(time.monotonic() - began) / 60:.0f} min on {os.cpu_count()} cores. {sum(kinds.values())} kills landed: "
-        f"{counted}. Faults: {len(faults)}.\n\n"
+        f"{date.today()}, `python -m tests.campaigns.pretrain_kills --kills {kills} --seed {seed}`, {seconds / 60:.0f} min "
+        f"on {os.cpu_count()} cores. {sum(kinds.values())} kills landed: {counted}. Faults: {len(report) - good}.\n\n"
         "| trial | ranks | kills | weights and metrics against the undisturbed run's |\n|---|---|---|---|\n"
         + "\n".join(report)
         + "\n"
     )
-    if arguments.log:
-        arguments.log.parent.mkdir(exist_ok=True)
-        arguments.log.write_text(text, encoding="utf-8")
-    print(text.split("\n\n")[1])
-    if faults:
-        sys.exit("\n".join(faults))
 
 
 if __name__ == "__main__":
