@@ -110,7 +110,7 @@ def make_validator(data: RunData, ranks: Ranks) -> Validator:
         workers=0,
     )
     most = None if recipe.validation.sequences is None else -(-recipe.validation.sequences // sequences)
-    return Validator(islice(loader, most), data.vocabulary, ranks)
+    return Validator(islice(loader, most), data.vocabulary, ranks, loader.names)
 
 
 def _open(uri: str, version: int | None, ranks: Ranks) -> Dataset:

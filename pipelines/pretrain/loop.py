@@ -135,7 +135,7 @@ def _train(
             if validator.targets and _due(step, recipe.validation.every, total):
                 with metrics.pause():
                     validation = validator.evaluate(model)
-                metrics.validation(step, validation, baseline)
+                metrics.validation(step, validation, baseline, validator.by_dataset)
                 watchdog.alive()
             interrupted = interruption.agreed()
             if interrupted or _due(step, recipe.checkpoints.every, total):

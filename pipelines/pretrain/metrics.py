@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -126,9 +127,17 @@ class Metrics:
             if not self._console.is_terminal:
                 self.say(f"step {step}/{self._total}  {said}")
 
-    def validation(self, step: int, loss: CrossEntropy, baseline: CrossEntropy | None) -> None:
+    def validation(
+        self,
+        step: int,
+        loss: CrossEntropy,
+        baseline: CrossEntropy | None,
+        by_dataset: Mapping[str, Mapping[str, float | None]] | None = None,
+    ) -> None:
         """Record a validation, and say it beside the baseline."""
-        self.write("validation", step, {"loss": loss.to_json()})
+        perplexity = {name: math.exp(min(value, 700.0)) for name, value in loss.items() if "/" not in name}
+        record: dict[str, Any] = {"loss": loss.to_json(), "perplexity": perplexity}
+        self.write("validation", step, record | ({"datasets": by_dataset} if by_dataset else {}))
         reference = dict(baseline.items()) if baseline else {}
         said = "  ".join(
             f"{name} {value:.3f}" + (f" (unigram {reference[name]:.3f})" if name in reference else "")
@@ -174,6 +183,7 @@ class Metrics:
                 "tokens_per_s": tokens / seconds,
                 "padding_share": 1 - tokens / self._slots,
                 "data_wait_share": waited / seconds,
+                "memory_gb": _memory_gb(),
             }
             if fault:
                 record["fault"] = fault
@@ -192,6 +202,13 @@ class Metrics:
 
 _FAULTS = ("", "not a number", "spike, skipped", "spike")
 """By `Guard.check`."""
+
+
+def _memory_gb() -> float:
+    """The most that this process has held: of the GPU's memory where there is one, else of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def _finite(value: float) -> float | None:

@@ -5,8 +5,8 @@
 Every trial trains a tiny model in fp32 on the CPU, with one rank or two under torchrun, from a mixture of two datasets,
 packed, and kills it: one rank or all of them by SIGKILL at a random moment, one at a named place while it saves
 (`pipelines.crash`), one by SIGSTOP, which the other's watchdog notices, or by SIGUSR2, after which all save. The same command
-is given again until the run ends well. Then weights and metrics must be, bit by bit, those of the undisturbed run with as many
-ranks. Some trials change the number of ranks between starts; their losses must be within 1e-5.
+is given again until the run ends well. Then weights and metrics must be, bit by bit, those of the undisturbed run with as
+many ranks. Some trials change the number of ranks between starts; their losses must be within 1e-5.
 """
 
 from __future__ import annotations

@@ -212,5 +212,10 @@ def test_a_mixture_of_datasets_trains_validates_and_pins_versions(dataset: Datas
     result = _run(recipe)
     assert result.validation is not None
     assert len(result.validation.audio_codebooks) == 1
+    (record,) = read_metrics(result.folder / "metrics.jsonl", "validation")[-1:]
+    told = record["datasets"]
+    assert set(told) == {"tokens", "other"}
+    low, high = sorted([told["tokens"]["image"], told["other"]["image"]])
+    assert low < result.validation.image < high  # type: ignore[operator]
     assert "version: 2" in (result.folder / "recipe.yaml").read_text()
     assert _run(recipe).already_finished
