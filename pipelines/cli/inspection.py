@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.options import AsJson, DatasetArgument, Version, out
+from pipelines.cli.options import AsJson, DatasetArgument, Version, err, out
 
 if TYPE_CHECKING:
     pass
@@ -18,33 +18,55 @@ app = typer.Typer()
 
 @app.command()
 def stats(
-    dataset: DatasetArgument,
+    dataset: Annotated[str | None, typer.Argument(help="Folder or URI of a token dataset.")] = None,
     version: Version = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page instead: one file, with samples.")] = None,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Compare two: versions of DATASET or, without it, datasets; DATASET@VERSION pins one."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page: one file with everything inside.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Documents that the page shows, decoded.")] = 48,
     as_json: AsJson = False,
 ) -> None:
     """Say what is in a token dataset: documents, tokens, lengths, codebook use, shards, padding, growth, quarantine."""
+    if diff:
+        if version is not None:
+            raise typer.BadParameter("--diff names its versions itself: --diff 3 7", param_hint="--version")
+        _compare(dataset, diff, html, as_json=as_json)
+        return
+    if dataset is None:
+        raise typer.BadParameter("name a dataset, or two with --diff")
     from pipelines.shards.dataset import Dataset
 
     opened = Dataset.open(dataset, version)
     if html:
         from pipelines.report.stats_page import write_stats_page
 
-        out.print(
-            f"Open {write_stats_page(html, opened, samples=samples)}", markup=False, highlight=False, soft_wrap=True
-        )
-    if html and not as_json:
-        return
-    from pipelines.report.summary import summarize
-
-    figures = summarize(opened)
-    if as_json:
-        print(json.dumps(figures, indent=2))
-    else:
+        _written(write_stats_page(html, opened, samples=samples))
+    if as_json or not html:
+        from pipelines.report.summary import summarize
         from pipelines.report.terminal import render
 
-        render(figures, out)
+        figures = summarize(opened)
+        print(json.dumps(figures, indent=2)) if as_json else render(figures, out)
+
+
+def _compare(dataset: str | None, names: tuple[str, str], html: Path | None, *, as_json: bool) -> None:
+    from pipelines.report.difference import Side, compare, opened
+    from pipelines.report.difference_page import render_difference, write_difference_page
+
+    a, b = (Side.of(opened(name, dataset)) for name in names)
+    told = compare(a, b)
+    if html:
+        _written(write_difference_page(html, told))
+    if as_json:
+        print(json.dumps(told, indent=2))
+    elif not html:
+        render_difference(told, out)
+
+
+def _written(page: Path) -> None:
+    err.print(f"Open {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -88,3 +110,25 @@ def show(
         print_row(shown, out)
     if not found:
         out.print("No such document.")
+
+
+@app.command()
+def sql(
+    dataset: DatasetArgument,
+    query: Annotated[str, typer.Argument(help="A query over the tables documents, spans, shards and quarantine.")],
+    version: Version = None,
+    form: Annotated[str, typer.Option("--format", help="table, json (one object a line) or csv.")] = "table",
+    limit: Annotated[int, typer.Option(min=1, help="The most rows of a table; json and csv have all.")] = 100,
+) -> None:
+    """Ask any question of a dataset version in SQL (DuckDB): braid sql data "select count(*) from documents".
+
+    Tables: documents (columns row_id, content_hash, source, token_ids, modality_ids, spans, num_tokens, num_text, num_image,
+    num_audio), spans (row_id, source, modality, start, length, rows, columns, uri), shards (name, path, bytes, documents),
+    quarantine (source, position, reason, error).
+    """
+    from pipelines.shards.dataset import Dataset
+    from pipelines.sql import FORMATS, ask
+
+    if form not in FORMATS:
+        raise typer.BadParameter(f"{form} is none of {', '.join(FORMATS)}", param_hint="--format")
+    FORMATS[form](ask(Dataset.open(dataset, version), query), out, limit)

@@ -120,7 +120,7 @@ def _x_labels(bins: Sequence[Bin], step: float, label: Callable[[int], str]) -> 
     return [
         tag(
             "text",
-            short(bins[i][0]),
+            label(bins[i][0]),
             x=round(_LEFT + i * step + shift, 1),
             y=HEIGHT - _BOTTOM + 16,
             class_="tick middle",
