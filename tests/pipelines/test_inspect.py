@@ -306,7 +306,10 @@ def test_every_engine_has_a_snippet() -> None:
 
 @pytest.mark.parametrize(
     "engine",
-    ["DuckDB", "Polars", "pyarrow", "Hugging Face datasets", pytest.param("Ray Data", marks=pytest.mark.slow)],
+    [
+        *("DuckDB", "Polars", "pyarrow"),
+        *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("Ray Data", "Hugging Face datasets")),
+    ],
 )
 def test_the_snippet_of_an_engine_runs(dataset: Dataset, engine: str, tmp_path: Path) -> None:
     folder = Path(dataset.uri).parent.parent
