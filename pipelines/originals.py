@@ -74,7 +74,7 @@ def find_originals(
                 elif document.content_hash != row["content_hash"]:
                     missing = "its input has changed since"
                 else:
-                    prepared = prepare(document, Filters(), recipe, tokenizers)
+                    prepared = prepare(document, Filters(), recipe.tokenizers, tokenizers.shapes)
                     if isinstance(prepared, Prepared):
                         found[row["row_id"]] = Original(spans=tuple(_spans(prepared, tokenizers)))
                         continue
