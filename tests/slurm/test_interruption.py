@@ -57,7 +57,8 @@ def _crash(cluster: Cluster, node: str) -> Iterator[None]:
 
 def _train(folder: Path, name: str, until: int = 33) -> tuple[JobHandle, Path]:
     run = folder / name
-    job = submit(training_recipe(folder / "tokens", run))
+    # A limit of two minutes is nearly over at once.
+    job = submit(training_recipe(folder / "tokens", run), signal_before_s=110)
     await_(lambda: steps_done(run) >= until, 300, f"{until} steps: {logs(job)}")
     return job, run
 
