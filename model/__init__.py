@@ -9,6 +9,7 @@ from model.batch import IGNORE_INDEX, BatchError, PackedBatch, Targets
 from model.block import CausalSelfAttention, FeedForward, TransformerBlock
 from model.cache import CacheError, KeyValueCache
 from model.config import MODALITIES, ConfigError, UnifiedTransformerConfig
+from model.fused import BlockBackendError
 from model.loss import LossOutput
 from model.rope import RotaryPositionalEmbeddings
 from model.transformer import TokenError, UnifiedTransformer
@@ -18,6 +19,7 @@ __all__ = [
     "MODALITIES",
     "AttentionBackendError",
     "BatchError",
+    "BlockBackendError",
     "CacheError",
     "CausalSelfAttention",
     "ConfigError",

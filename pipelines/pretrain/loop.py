@@ -84,6 +84,8 @@ def _train(
         precision=recipe.precision,
         recompute_every=recipe.recompute_every,
         compile_blocks=recipe.compile,
+        masters=recipe.masters,
+        recompute=recipe.recompute,
     )
     share_codebook_directions(model, vocabulary, recipe.seed)
     optimizer = make_optimizer(model, recipe.optimizer)
@@ -227,7 +229,7 @@ def _resume(
 
 def _opening(recipe: PretrainRecipe, index: Index, model: ShardedTransformer, start: int, ranks: Ranks) -> str:
     begun = f"Going on from step {start:,} of {recipe.total_steps:,}" if start else f"{recipe.total_steps:,} steps"
-    backend = model.attention_backend_for(ranks.device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    backend = model.attention_backend_for(ranks.device, torch.float32 if recipe.precision == "fp32" else torch.bfloat16)
     without = f", {index.duplicates:,} duplicates left out" if index.duplicates else ""
     ranks_used = f"{ranks.world_size} x {ranks.device.type}" if ranks.world_size > 1 else ranks.device.type
     return (

@@ -10,13 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from model import MODALITIES
-from pipelines.loading import StepBatch
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer
+
+if TYPE_CHECKING:
+    from pipelines.loading import StepBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,7 @@ class Losses:
 
 
 def forward_backward(model: ShardedTransformer, batch: StepBatch, weights: Mapping[str, float], ranks: Ranks) -> Losses:
-    """Add the gradients of a rank's share of the step, averaged over ranks by FSDP2.
+    """Add the gradients of a rank's share of the step, averaged over ranks by FSDP2 where it shards the model.
 
     Args:
         weights: of each modality's targets.
@@ -45,7 +49,8 @@ def forward_backward(model: ShardedTransformer, batch: StepBatch, weights: Mappi
     sums = torch.zeros(len(MODALITIES), dtype=torch.float64, device=ranks.device)
     for number, micro_batch in enumerate(micro_batches, start=1):
         # Gradients travel between ranks once a step.
-        model.set_requires_gradient_sync(number == len(micro_batches))
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(number == len(micro_batches))
         loss = model.loss(micro_batch.to(ranks.device, non_blocking=True), weights=weights, denominators=denominators)
         loss.total.backward()
         sums += torch.stack([loss.sums[name] for name in MODALITIES])

@@ -5,17 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model import (
     MODALITIES,
     CausalSelfAttention,
     PackedBatch,
     RotaryPositionalEmbeddings,
+    Targets,
     TransformerBlock,
     UnifiedTransformer,
 )
 from model.attention import AttentionPlan, attend
-from model.loss import target_losses
+from model.heads import head_losses
 from tests.model.cases import random_rows, tiny_config
 from tests.model.reference import Reference, attention_of_document, rope
 
@@ -117,11 +119,28 @@ def test_loss_of_a_packed_batch_matches_loops_over_its_documents(changes: dict[s
     assert {n: float(s) for n, s in output.sums.items()} == pytest.approx({n: sum(expected[n]) for n in MODALITIES})
 
 
-def test_gradients_of_chunked_targets_pass_gradcheck() -> None:
-    hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    ids = torch.tensor([3, 0, 6, -100, -100])
-    assert torch.autograd.gradcheck(lambda h, w: target_losses(h, w, ids, 2), (hidden, weight))
+@pytest.mark.parametrize(("chunk", "vocabulary"), [(2, 7), (100, 7), (100, 64), (2, 131)])
+def test_the_heads_loss_and_its_gradients_are_those_of_naive_full_logits(chunk: int, vocabulary: int) -> None:
+    hidden = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    heads = [torch.randn(size, 4, dtype=torch.float64, requires_grad=True) for size in (vocabulary, 5, 3)]
+    places = {0: [0, 3, 5, 0, 0], 1: [1, 2], 2: [0, 0]}
+    ids = {0: [3, 0, 6, -100, -100], 1: [4, 0], 2: [-100, -100]}
+    targets = [
+        Targets(positions=torch.tensor(places[m]), ids=torch.tensor(ids[m]), count=sum(i >= 0 for i in ids[m]))
+        for m in range(3)
+    ]
+    coefficients, z = torch.tensor([0.5, 0.25, 2.0], dtype=torch.float64), 0.1
+    naive = hidden.new_zeros(())
+    for target, weight, coefficient in zip(targets, heads, coefficients, strict=True):
+        logits = (hidden @ weight.T)[target.positions[: target.count]]
+        nll = F.cross_entropy(logits, target.ids[: target.count], reduction="sum")
+        naive = naive + coefficient * (nll + z * logits.logsumexp(-1).square().sum())
+    expected = torch.autograd.grad(3 * naive, (hidden, *heads))
+    total, _, _ = head_losses(hidden, targets, heads, coefficients, z, chunk)
+    torch.testing.assert_close(total, naive, atol=1e-12, rtol=0)
+    # Not 1 arrives in the backward pass, and it must count.
+    for found, right in zip(torch.autograd.grad(3 * total, (hidden, *heads)), expected, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-12, rtol=0)
 
 
 def test_gradients_of_a_block_pass_gradcheck() -> None:
