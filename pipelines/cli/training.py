@@ -7,17 +7,33 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.options import Overrides, Recipe, Version, out
+from pipelines.cli.options import DryRun, Overrides, Recipe, Version, out
 
 app = typer.Typer()
 
 
 @app.command()
-def pretrain(recipe: Recipe, overrides: Overrides = None) -> None:
+def pretrain(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    gpus: Annotated[int, typer.Option(min=1, help="With --dry-run: plan for so many GPUs.")] = 1,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="With --dry-run: what one of them reaches on large products.")
+    ] = None,
+) -> None:
     """Train a model on a token dataset; the same command goes on after a stop, from the last checkpoint.
 
     On several GPUs of one machine: torchrun --nproc-per-node N -m pipelines.cli pretrain RECIPE.
     """
+    if dry_run:
+        from pipelines.pretrain.plan import dry_run as plan
+        from pipelines.pretrain.recipe import PretrainRecipe
+        from pipelines.recipe import read_recipe
+
+        text = plan(read_recipe(PretrainRecipe, recipe, overrides or []), gpus=gpus, tflops=tflops)
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+        return
     from pipelines.pretrain import main as run
 
     result = run(recipe, overrides or [])
