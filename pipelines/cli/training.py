@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.options import DryRun, Overrides, Recipe, Version, out
+from pipelines.cli.launching import on_cluster, require_local, say, say_queued, show_recipe
+from pipelines.cli.options import After, Cluster, DryRun, On, Overrides, Recipe, Version, out
 
 app = typer.Typer()
 
@@ -17,22 +18,46 @@ def pretrain(
     recipe: Recipe,
     overrides: Overrides = None,
     dry_run: DryRun = False,
-    gpus: Annotated[int, typer.Option(min=1, help="With --dry-run: plan for so many GPUs.")] = 1,
+    on: On = "local",
+    cluster: Cluster = "cluster/default",
+    after: After = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="With --on slurm: KEY=VALUE,VALUE; one job for each, or for each combination."),
+    ] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Jobs of a sweep that may run at a time.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="With --dry-run, here: plan for so many GPUs.")] = 1,
     tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="With --dry-run: what one of them reaches on large products.")
+        float | None, typer.Option(min=0.001, help="With --dry-run, here: what one of them reaches on large products.")
     ] = None,
 ) -> None:
     """Train a model on a token dataset; the same command goes on after a stop, from the last checkpoint.
 
-    On several GPUs of one machine: torchrun --nproc-per-node N -m pipelines.cli pretrain RECIPE.
+    On several GPUs of one machine: torchrun --nproc-per-node N -m pipelines.cli pretrain RECIPE. On a cluster: --on slurm.
     """
+    if on_cluster(on):
+        from pipelines import launch
+
+        settings, others = launch.read_cluster(cluster, overrides or [])
+        recipes = launch.swept(recipe, others, sweep or [])
+        tasks = [launch.pretrain_task(each) for each in recipes]
+        if dry_run:
+            for each in recipes:
+                show_recipe(each)
+            say(launch.show(tasks, settings))
+            say(launch.pretrain_cost(recipes, settings))
+            return
+        say_queued(launch.launch(tasks, settings, after=after or [], at_once=at_once))
+        return
+    require_local(sweep=sweep, after=after)
     if dry_run:
         from pipelines.pretrain.plan import dry_run as plan
         from pipelines.pretrain.recipe import PretrainRecipe
         from pipelines.recipe import read_recipe
 
-        text = plan(read_recipe(PretrainRecipe, recipe, overrides or []), gpus=gpus, tflops=tflops)
-        out.print(text, markup=False, highlight=False, soft_wrap=True)
+        resolved = read_recipe(PretrainRecipe, recipe, overrides or [])
+        show_recipe(resolved)
+        say(plan(resolved, gpus=gpus, tflops=tflops))
         return
     from pipelines.pretrain import main as run
 
