@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -93,6 +94,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         [B, T, N, H].
     """
     return BACKENDS[plan.backend].attend(q, k, v, plan)
+
+
+def largest_logit(q: Tensor, k: Tensor, plan: AttentionPlan) -> Tensor:
+    """The largest scaled product of a query and a key that it sees, over the first row: float32 scalar.
+
+    Args:
+        q: [B, T, N, H].
+        k: [B, T, N, H].
+    """
+    T, N, H = q.shape[1:]
+    index = torch.arange(T, device=q.device)
+    behind = index[:, None] - index
+    seen = (behind >= 0) & (behind <= plan.positions[0][:, None])
+    # Head by head: all at once would take N T^2 numbers.
+    peaks = [(q[0, :, n] @ k[0, :, n].T).float().masked_fill_(~seen, -math.inf).amax() for n in range(N)]
+    return torch.stack(peaks).amax() / math.sqrt(H)
 
 
 def select_backend(config: UnifiedTransformerConfig, device: torch.device, dtype: torch.dtype) -> str:

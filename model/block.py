@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import AttentionPlan, attend, plan_attention
+from model.attention import AttentionPlan, attend, largest_logit, plan_attention
 from model.cache import LayerCache
 from model.config import UnifiedTransformerConfig
 from model.fused import fused_block
@@ -30,6 +30,9 @@ class CausalSelfAttention(nn.Module):
         self.config = config
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.watching = False
+        """Whether to measure the largest logit; see `UnifiedTransformer.attention_peaks`."""
+        self.peak: Tensor | None = None
         self.query_norm = _head_norm(config)
         self.key_norm = _head_norm(config)
 
@@ -53,6 +56,8 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *plan.rotation), rotate(k, *plan.rotation)
         # Rotation, and LayerNorm under autocast, come out in float32; the kernels want one type.
         q, k = q.to(v.dtype), k.to(v.dtype)
+        if self.watching:
+            self.peak = largest_logit(q, k, plan)
         if cache is not None:
             k, v = cache.update(k, v, plan.positions)
         return self.output(attend(q, k, v, plan).flatten(2))

@@ -34,6 +34,8 @@ class LossOutput(NamedTuple):
     """By modality: number of valid targets in this batch. `sums[m] / counts[m]` is the mean loss."""
     z_loss: Tensor
     """Detached scalar: the part of `total` that is z-loss."""
+    squares: dict[str, Tensor]
+    """By modality, detached scalar: sum of the squared log-partitions of the targets' logits."""
 
 
 def coefficients_of(

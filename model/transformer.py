@@ -64,6 +64,7 @@ class UnifiedTransformer(nn.Module):
         )
         self._running_backend: str | None = None
         self._running_fused = False
+        self._watching = False
         self.reset_parameters(seed)
 
     def reset_parameters(self, seed: int | None = None) -> None:
@@ -172,8 +173,9 @@ class UnifiedTransformer(nn.Module):
         plan = plan_attention(
             self.config, x, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cache=cache
         )
-        plan.fused = cache is None and runs_fused(self.config, x, self.training)
-        self._announce(plan.backend, plan.fused)
+        plan.fused = cache is None and not self._watching and runs_fused(self.config, x, self.training)
+        if not self._watching:
+            self._announce(plan.backend, plan.fused)
         if self.position_embedding is not None:
             x = x + self.position_embedding(plan.positions)
         x = self.dropout(x)
@@ -283,7 +285,25 @@ class UnifiedTransformer(nn.Module):
             self.config.loss_chunk_tokens,
         )
         z_loss = self.config.z_loss_weight * (coefficients * squares).sum()
-        return LossOutput(total, dict(zip(MODALITIES, losses.unbind(), strict=True)), counts, z_loss)
+        sums, by_square = (dict(zip(MODALITIES, each.unbind(), strict=True)) for each in (losses, squares))
+        return LossOutput(total, sums, counts, z_loss, by_square)
+
+    @torch.no_grad()
+    def attention_peaks(self, batch: PackedBatch) -> Tensor:
+        """The largest attention logit of each layer, float32 [layers], over the first row of a batch.
+
+        It runs the blocks as plain PyTorch. Under FSDP2 register it with `register_fsdp_forward_method`.
+        """
+        self._watching = True
+        for block in self.blocks:
+            block.attention.watching = True  # type: ignore[union-attr]
+        try:
+            self._predicting(batch)
+            return torch.stack([block.attention.peak for block in self.blocks])  # type: ignore[union-attr, misc]
+        finally:
+            self._watching = False
+            for block in self.blocks:
+                block.attention.watching, block.attention.peak = False, None  # type: ignore[union-attr]
 
     @torch.no_grad()
     def prefill(

@@ -44,6 +44,7 @@ from pipelines.pretrain.run import (
 )
 from pipelines.pretrain.schedule import learning_rate_factor
 from pipelines.pretrain.step import clip_gradients, forward_backward, seed_step
+from pipelines.pretrain.telemetry import attention_peaks, by_modality
 from pipelines.pretrain.validate import CrossEntropy, Validator
 from pipelines.sequence import Vocabulary
 from pipelines.shards.dataset import Dataset
@@ -114,6 +115,8 @@ def _train(
             with metrics.waiting():
                 batch = next(loader)
             losses = forward_backward(model, batch, weights, ranks)
+            if _due(step, recipe.logging.every, total):
+                metrics.write("telemetry", step, by_modality(model, losses))
             norm = clip_gradients(model, recipe.gradient_clip)
             learning_rate = recipe.optimizer.learning_rate * learning_rate_factor(recipe.schedule, step - 1, total)
             set_learning_rate(optimizer, learning_rate)
@@ -123,6 +126,7 @@ def _train(
             if validator.targets and _due(step, recipe.validation.every, total):
                 with metrics.pause():
                     validation = validator.evaluate(model)
+                    metrics.write("telemetry", step, attention_peaks(model, batch.micro_batches[0], ranks))
                 metrics.validation(step, validation, baseline)
             interrupted = interruption.agreed()
             if interrupted or _due(step, recipe.checkpoints.every, total):

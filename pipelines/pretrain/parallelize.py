@@ -158,7 +158,7 @@ def build_model(
     for block in model.blocks:
         shard(block)
     shard(model)
-    for method in ("loss", "token_losses"):
+    for method in ("loss", "token_losses", "attention_peaks"):
         register_fsdp_forward_method(model, method)
     model.to_empty(device=ranks.device)
     model.reset_parameters(seed)

@@ -168,3 +168,35 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
     mixed.backward()
     assert mixed.dtype == torch.float32
     assert mixed.item() == pytest.approx(exact.item(), rel=0.01)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}], ids=str)
+def test_attention_peaks_are_the_largest_logits_of_loops(changes: dict[str, object]) -> None:
+    model = double_model(block_backend="auto" if changes else "fused", **changes)
+    batch = PackedBatch.from_sequences(random_rows([[5, 9]]))
+    seen: list[float] = []
+    for block in model.blocks:
+        attention = block.attention
+
+        def largest(module: torch.nn.Module, args: tuple[torch.Tensor, AttentionPlan]) -> None:
+            x, plan = args[0], args[1]
+            q, k, _ = module.qkv(x).view(1, 14, 3, 4, 8).unbind(2)
+            q, k = module.query_norm(q), module.key_norm(k)
+            rope = RotaryPositionalEmbeddings(8)
+            q, k = rope(q, plan.positions), rope(k, plan.positions)
+            pairs = [
+                (i, j) for first, last in ((0, 5), (5, 14)) for i in range(first, last) for j in range(first, i + 1)
+            ]
+            seen.append(max(float(q[0, i, n] @ k[0, j, n]) / 8**0.5 for i, j in pairs for n in range(4)))
+
+        attention.register_forward_pre_hook(largest)
+    peaks = model.attention_peaks(batch)
+    assert peaks.tolist() == pytest.approx(seen, rel=1e-6)
+    assert not any(block.attention.watching for block in model.blocks)
+
+
+def test_reordered_norms_are_written_out() -> None:
+    block = TransformerBlock(tiny_config(norm_placement="reordered")).double()
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    middle = x + block.attention_norm(block.attention(x))
+    torch.testing.assert_close(block(x), middle + block.feed_forward_norm(block.feed_forward(middle)))

@@ -1,4 +1,4 @@
-"""The model's Triton kernels against the formulas in float64. With Triton installed, TRITON_INTERPRET=1 runs them on a CPU."""
+"""The model's Triton kernels against the formulas in float64. Where Triton is installed, TRITON_INTERPRET=1 runs them too."""
 
 import os
 

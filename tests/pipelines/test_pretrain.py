@@ -83,6 +83,13 @@ def test_a_run_leaves_metrics_checkpoints_and_a_model(dataset: Dataset, finished
     assert [r["step"] for r in train] == list(range(1, 13))
     assert set(train[0]["loss"]) == {"text", "image", "audio"}
     assert train[0].keys() >= {"learning_rate", "gradient_norm", "tokens_per_s", "padding_share", "data_wait_share"}
+    telemetry = read_metrics(finished.folder / "metrics.jsonl", "telemetry")
+    norms = [r["gradient_norm"] for r in telemetry if "gradient_norm" in r]
+    assert len(norms) == 6
+    assert all(set(r["head"]) == {"image", "audio"} and set(r["embedding"]) == set(MODALITIES) for r in norms)
+    assert all(0 < norm < 100 for r in norms for part in r.values() for norm in part.values())
+    assert all(r["log_partition"]["text"] > 1 for r in telemetry if "log_partition" in r)
+    assert [len(r["attention_logits"]) for r in telemetry if "attention_logits" in r] == [2, 2]
     assert all(0 <= r["padding_share"] < 0.6 and r["tokens_per_s"] > 0 for r in train)
     assert [r["step"] for r in read_metrics(finished.folder / "metrics.jsonl", "validation")] == [6, 12]
     assert [p.name for p in list_checkpoints(finished.folder / "checkpoints")] == ["step-00000008", "step-00000012"]
