@@ -5,7 +5,8 @@ products. Enters: x [T, D] and the block's weights. Leaves: the same as the plai
 
 - Elementwise work is joined to one pass over memory between two products (`model.elementwise`).
 - For the backward pass a token keeps 6 D + F numbers a block: x, q, k, v, attention's output, x after attention, and the
-  hidden layer before GELU. What normalization and GELU put out is made again from these while it is in registers anyway.
+  hidden layer before GELU; with norms of queries and keys also what those and the rotation keep. What normalization and GELU
+  put out is made again from these, while it is in registers anyway.
 - Weight gradients are added to float32 sums inside the products where the weights have such sums (`model.products`).
 
 Shapes: B rows, T tokens of all rows, D hidden, F feed-forward, N heads, H head size.
@@ -18,11 +19,13 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model import elementwise, products
 from model.attention import AttentionPlan, attend
+from model.rope import rotate
 
 if TYPE_CHECKING:
     from model.block import TransformerBlock
@@ -34,11 +37,10 @@ class _Kept(NamedTuple):
 
     mean: Tensor
     rstd: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    leaves: tuple[Tensor, ...]
+    """q, k, v [B, T/B, N, H], rotated; with norms of queries and keys neither normed nor rotated, and the norms' weights."""
     mixed: Tensor
-    """[B, T/B, N, H], attention's output, with its graph back to q, k and v."""
+    """[B, T/B, N, H], attention's output, with its graph back to the leaves."""
     middle: Tensor
     """[T, D], x after attention."""
     middle_mean: Tensor
@@ -68,8 +70,8 @@ def runs_fused(config: UnifiedTransformerConfig, x: Tensor, training: bool) -> b
 
 def fused_unavailable(config: UnifiedTransformerConfig, x: Tensor, training: bool) -> str | None:
     """Why blocks cannot run fused on an input like x, or None."""
-    if config.qk_norm or config.norm_placement != "pre":
-        return "qk_norm and norm_placement other than 'pre' have no fused form"
+    if config.norm_placement != "pre":
+        return f"norm_placement is {config.norm_placement!r}, and the fused block's is 'pre'"
     if config.dropout and training:
         return f"dropout is {config.dropout}, and the fused block drops nothing"
     if torch.is_autocast_enabled(x.device.type):
@@ -102,11 +104,13 @@ def fused_block(x: Tensor, plan: AttentionPlan, block: TransformerBlock) -> Tens
         block.feed_forward_norm.weight,
         feed_forward.input.weight,
         feed_forward.output.weight,
+        *(norm.weight for norm in (attention.query_norm, attention.key_norm) if attention.config.qk_norm),
     )
 
 
 class _FusedBlock(torch.autograd.Function):
-    """Inputs: see `fused_block`; `recompute` says what is not kept for the backward pass, `float8` what is multiplied in."""
+    """Inputs: see `fused_block`; `recompute` says what is not kept for the backward pass, `float8` what is multiplied in. The
+    last two weights are those of the norms of queries and keys, if there are any."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -135,7 +139,7 @@ class _FusedBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        norm_weight, qkv_weight, output_weight, middle_norm_weight, in_weight, out_weight = weights
+        norm_weight, qkv_weight, output_weight, middle_norm_weight, in_weight, out_weight, *head_norms = weights
         kept: _Kept | None = ctx.kept
         if kept is None:
             if ctx.recompute != "all":
@@ -145,7 +149,7 @@ class _FusedBlock(torch.autograd.Function):
             _, kept = _run(x, ctx.plan, ctx.eps, ctx.num_heads, ctx.float8, weights, differentiate=True, output=False)
             assert kept is not None
         ctx.kept = None
-        mean, rstd, q, k, v, mixed, middle, middle_mean, middle_rstd, wide = kept
+        mean, rstd, leaves, mixed, middle, middle_mean, middle_rstd, wide = kept
         del kept
         flat, grad = x.flatten(0, 1), grad_output.flatten(0, 1)
         if not grad.is_contiguous():
@@ -171,10 +175,10 @@ class _FusedBlock(torch.autograd.Function):
 
         grad_mixed = products.input_gradient(grad_middle, output_weight, ctx.float8)
         grad_output_weight = products.weight_gradient(output_weight, grad_middle, mixed.detach().reshape(flat.shape))
-        grad_q, grad_k, grad_v = torch.autograd.grad(mixed, (q, k, v), grad_mixed.view(mixed.shape))
-        del grad_mixed, mixed, q, k, v
+        grad_q, grad_k, grad_v, *grad_head_norms = torch.autograd.grad(mixed, leaves, grad_mixed.view(mixed.shape))
+        del grad_mixed, mixed, leaves
         heads = (flat.shape[0], ctx.num_heads, -1)
-        cos, sin = _rotation(ctx.plan)
+        cos, sin = (None, None) if head_norms else _rotation(ctx.plan)
         grad_qkv = elementwise.join_rotated(
             grad_q.reshape(heads), grad_k.reshape(heads), grad_v.reshape(heads), cos, sin
         ).view(flat.shape[0], -1)
@@ -192,6 +196,7 @@ class _FusedBlock(torch.autograd.Function):
             products.vector_gradient(middle_norm_weight, grad_middle_norm),
             grad_in_weight,
             grad_out_weight,
+            *(products.vector_gradient(w, g) for w, g in zip(head_norms, grad_head_norms, strict=True)),
         )
 
 
@@ -207,28 +212,41 @@ def _run(
     output: bool = True,
 ) -> tuple[Tensor, _Kept | None]:
     """The forward pass. Without `output` it stops before the last product, and what it returns first means nothing."""
-    norm_weight, qkv_weight, output_weight, middle_norm_weight, in_weight, out_weight = weights
+    norm_weight, qkv_weight, output_weight, middle_norm_weight, in_weight, out_weight, *head_norms = weights
     B, length, D = x.shape
     flat = x.flatten(0, 1)
     normed, mean, rstd = elementwise.norm(flat, norm_weight, eps)
     qkv = products.product(normed, qkv_weight, float8).view(B * length, 3, num_heads, D // num_heads)
     del normed
     cos, sin = _rotation(plan)
-    if cos is not None and sin is not None:
+    if cos is not None and sin is not None and not head_norms:
         elementwise.rotate_(qkv, cos, sin)
     # Attention keeps its own autograd graph, whichever backend it is; the block's backward pass runs it.
-    q, k, v = (part.view(B, length, num_heads, -1).requires_grad_(differentiate) for part in qkv.detach().unbind(1))
+    parts = [part.view(B, length, num_heads, -1) for part in qkv.detach().unbind(1)]
+    leaves = tuple(part.detach().requires_grad_(differentiate) for part in (*parts, *head_norms))
     with torch.set_grad_enabled(differentiate):
-        mixed = attend(q, k, v, plan)
+        mixed = attend(*_normed_heads(leaves, plan, eps), plan)
     middle = products.product(mixed.detach().reshape(B * length, D), output_weight, float8)
     normed, middle_mean, middle_rstd = elementwise.add_norm_(middle, flat, middle_norm_weight, eps)
     wide = products.product(normed, in_weight, float8)
     del normed
-    kept = _Kept(mean, rstd, q, k, v, mixed, middle, middle_mean, middle_rstd, wide) if differentiate else None
+    kept = _Kept(mean, rstd, leaves, mixed, middle, middle_mean, middle_rstd, wide) if differentiate else None
     if not output:
         return x, kept
     result = products.product(elementwise.gelu(wide), out_weight, float8)
     return result.add_(middle).view(x.shape), kept
+
+
+def _normed_heads(leaves: tuple[Tensor, ...], plan: AttentionPlan, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as attention takes them; what is left to do is done in plain PyTorch."""
+    q, k, v, *head_norms = leaves
+    if head_norms:
+        query_weight, key_weight = head_norms
+        q = F.layer_norm(q, q.shape[-1:], query_weight, None, eps)
+        k = F.layer_norm(k, k.shape[-1:], key_weight, None, eps)
+        if plan.rotation is not None:
+            q, k = rotate(q, *plan.rotation).to(v.dtype), rotate(k, *plan.rotation).to(v.dtype)
+    return q, k, v
 
 
 def _rotation(plan: AttentionPlan) -> tuple[Tensor | None, Tensor | None]:
