@@ -419,6 +419,8 @@ def fastest_attention(arguments: argparse.Namespace) -> str:
     }
     times = {r["what"]: r["both_ms"] for r in found if r["section"] == "attention" and "both_ms" in r}
     contenders = {name: ms for name, ms in times.items() if name in right}
+    if not contenders and right:
+        return next(name for name in BACKENDS if name in right)
     return (
         min(contenders, key=lambda name: contenders[name])
         if contenders

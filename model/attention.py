@@ -256,7 +256,7 @@ def _flash_attn_4_missing() -> str | None:
         except (ImportError, OSError) as error:
             return f"the package flash-attn-4 cannot be imported ({error}); install it with its dependencies"
         return None
-    return "the package flash-attn-4 is not installed (pip install flash-attn-4)"
+    return "the package flash-attn-4 is not installed (pip install --pre flash-attn-4)"
 
 
 def _no_flash_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:

@@ -119,7 +119,8 @@ def _activations(
 ) -> float:
     D, F, L = config.hidden_size, config.ffn_hidden_size, config.num_layers
     # A plain block keeps besides what LayerNorm and GELU put out, and queries and keys as they were before rotation.
-    whole = (6 * D + F if fused else 10 * D + 2 * F) * compute + 4 * config.num_attention_heads
+    numbers = (6 + 2 * config.qk_norm) * D + F if fused else 10 * D + 2 * F
+    whole = numbers * compute + 4 * config.num_attention_heads
     kept = {"all": D * compute, "feed_forward": whole - F * compute}[recipe.recompute]
     recomputing = len(_recomputing(recipe, config))
     # While one block is computed again, it holds all that it did not keep.
