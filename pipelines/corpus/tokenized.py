@@ -30,7 +30,7 @@ class MadeWith(Settings):
     """The tokenizers that ids were made with; those of modalities that do not occur may be left out."""
 
     text_sha256: str | None = None
-    """Of the SentencePiece model file, as `braid stats` shows it for a dataset."""
+    """Of the SentencePiece model file, as `braid stats --json` shows it for a dataset."""
     image_sha256: str | None = None
     audio_sha256: str | None = None
     fingerprint: str | None = None

@@ -20,11 +20,11 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 def summarize(dataset: Dataset) -> dict[str, Any]:
     """The figures of a dataset version as JSON values.
 
-    Keys: `dataset`, `version`, `fingerprint`, `shards`, `bytes`, `documents`, `distinct_documents` (HyperLogLog, 1.6%
-    standard error), `duplicates` ("drop" where training reads each content once, else "keep"), `tokens` {text, image,
-    audio, total}, `document_tokens` and `spans` {modality: {count, length}} with quantiles (nearest rank; exact below
-    4,096, within 0.025% above), `sources`, `codebooks` (per codebook: size, codes used, entropy in bits, perplexity),
-    `quarantine` {reason: count}.
+    Keys: `dataset`, `version`, `fingerprint`, `tokenizers` (the sha256 of each), `shards`, `bytes`, `documents`,
+    `distinct_documents` (HyperLogLog, 1.6% standard error), `duplicates` ("drop" where training reads each content once,
+    else "keep"), `tokens` {text, image, audio, total}, `document_tokens` and `spans` {modality: {count, length}} with
+    quantiles (nearest rank; exact below 4,096, within 0.025% above), `sources`, `codebooks` (per codebook: size, codes
+    used, entropy in bits, perplexity), `quarantine` {reason: count}.
     """
     statistics = dataset.statistics()
     shards = dataset.shards()
@@ -33,6 +33,9 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
         "dataset": dataset.uri,
         "version": dataset.version,
         "fingerprint": dataset.vocabulary.fingerprint,
+        "tokenizers": {
+            name: getattr(dataset.vocabulary, name) for name in ("text_sha256", "image_sha256", "audio_sha256")
+        },
         "shards": len(shards),
         "bytes": sum(shard.size for shard in shards),
         "documents": statistics.documents,
