@@ -33,9 +33,14 @@ def rows(
     Returns:
         Each row as column names and Python values, lists of whole numbers as numpy arrays; or, in place of what cannot be
         read, what is wrong with it: under the number of the first row concerned, and in the range in which it begins.
+
+    Raises:
+        FileNotFoundError, PermissionError: the file is gone, or refused.
     """
     try:
         table = pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True)
+    except (FileNotFoundError, PermissionError):
+        raise
     except (OSError, pa.ArrowException) as error:
         if start == 0:
             yield 0, RecordError("parquet: damaged", f"no whole Parquet file: {_line(error)}; fetch or write it again")
@@ -75,6 +80,8 @@ def _group_rows(
             for i in range(batch.num_rows):
                 yield number, _row(batch, i)
                 number += 1
+    except (FileNotFoundError, PermissionError):
+        raise
     except (OSError, pa.ArrowException) as error:
         yield (
             number,

@@ -269,6 +269,8 @@ def _layouts() -> dict[str, Kind]:
     ok = {"image_id": 1, "caption": "other"}
     return {
         "speech-without-a-transcript": chapter("transcript: missing", "", "1-2-1.wav"),
+        "speech-recorded-twice": chapter("recording: twice", "1-2-1 twice\n", "1-2-1.wav", "1-2-1.flac"),
+        "speech-transcribed-twice": chapter("transcript: twice", "1-2-1 one\n1-2-1 other\n", "1-2-1.wav"),
         "speech-without-its-recording": chapter("recording: missing", "1-2-1 lost\n"),
         "clip-of-few-cells": clips("a\tb.wav\tword", "line: wrong number of cells", "3 cells"),
         "clip-that-leads-out": clips("a\t../secret.wav\tword\t1\t0", "file: unsafe name"),

@@ -57,9 +57,10 @@ def test_no_flipped_bit_is_silent_in_verify_in_reading_or_in_training(tmp_path: 
         for name, way in WAYS.items():
             try:
                 assert way(damaged) == expected[name], f"{name}: bit {bit} of {path.name}"
-            except (ShardError, OSError, pa.ArrowException) as error:
+            except ShardError as error:
+                noticed[name] += str(path) in str(error)
+            except (OSError, pa.ArrowException):
                 noticed[name] += 1
-                assert isinstance(error, ShardError) is (str(path) in str(error))
         path.write_bytes(good)
     # Training does not look at all columns; where it noticed nothing, its batches were the same.
     assert noticed["verify"] == noticed["reading"] == FLIPS - MAGIC
