@@ -5,6 +5,7 @@ RUN/metrics.jsonl      every step
 RUN/checkpoints/       see `checkpoint`
 RUN/model/             the trained model, see `export`
 RUN/finished.json      written last
+RUN/jobs/              folders of cluster jobs that trained here
 RUN/.lock              locked by the process that trains here
 
 Always holds: of all processes on one machine or one file system with POSIX locks, one at a time writes to a run's folder.
@@ -29,6 +30,10 @@ from pipelines.shards.storage import Storage
 
 _MAY_CHANGE = ("threads", "logging.", "data.prefetch", "checkpoints.", "validation.every")
 """Keys of a recipe that a run may go on with another value of: they change nothing that is learned."""
+
+
+JOBS = "jobs"
+"""May be there before the run is."""
 
 
 class RunError(ValueError):
@@ -98,7 +103,7 @@ def claim_folder(recipe: PretrainRecipe) -> PretrainRecipe:
         raise RunError(f"{wrong}: a file, where `output` = {recipe.output} needs a folder; set `output` to another one")
     file = folder / "recipe.yaml"
     if not file.exists():
-        if folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
+        if folder.is_dir() and any(p for p in folder.iterdir() if p.name != JOBS and not p.name.startswith(".")):
             raise RunError(f"{folder}: not empty, and no run of Braid; set `output` to a new folder")
         return recipe
     there = read_recipe(PretrainRecipe, file)
