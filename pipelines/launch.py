@@ -125,9 +125,7 @@ def pretrain_cost(recipes: Sequence[PretrainRecipe], cluster: ClusterRecipe) -> 
     for recipe in recipes:
         # All datasets of a mixture have one vocabulary.
         first = recipe.data.parts[0]
-        vocabulary = Dataset.open(first.dataset, first.version).vocabulary
-        if recipe.data.audio_codebooks:
-            vocabulary = vocabulary.first_codebooks(recipe.data.audio_codebooks)
+        vocabulary = recipe.data.view_of(Dataset.open(first.dataset, first.version).vocabulary)
         parameters = model_config(recipe, vocabulary).num_parameters()
         flops += 6 * parameters * recipe.total_steps * recipe.tokens_per_step
         # Weights and two moments in fp32; a checkpoint is written before the oldest goes. The exported model is weights.

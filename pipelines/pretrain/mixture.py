@@ -13,6 +13,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from pipelines.recipe import Settings
+from pipelines.sequence import Vocabulary
 
 
 class DatasetSettings(Settings):
@@ -95,6 +96,10 @@ class MixtureSettings(Settings):
     def parts(self) -> list[DatasetSettings]:
         """Every dataset of every stage, in the order in which they are written."""
         return [part for stage in self.all_stages for part in stage.mixture]
+
+    def view_of(self, vocabulary: Vocabulary) -> Vocabulary:
+        """A dataset's vocabulary with the codebooks that are trained on."""
+        return vocabulary if self.audio_codebooks is None else vocabulary.first_codebooks(self.audio_codebooks)
 
     def pinned(self, versions: Sequence[int | None]) -> Self:
         """The same with a version for each of `parts` that has none yet."""
