@@ -22,6 +22,7 @@ from pipelines.shards.checksums import ShardError
 from pipelines.shards.dataset import Dataset
 from pipelines.shards.schema import Row
 from pipelines.shards.split import is_validation
+from tests.campaigns.stream_tokens import leak, stream
 from tests.pipelines.corpora import VOCABULARY, make_dataset, write_unit
 
 T = 64
@@ -304,3 +305,9 @@ def test_documents_are_held_out_by_their_source(dataset: Dataset) -> None:
     index = Index.build(dataset, T)
     assert index.split(validation=True).documents == len(_documents(dataset, validation=True))
     assert index.split(validation=True).documents + index.split(validation=False).documents == index.documents
+
+
+@pytest.mark.slow
+def test_streaming_holds_no_more_at_the_end_than_at_the_beginning(dataset: Dataset) -> None:
+    held = stream(dataset, 3_000_000, sequence_length=T, window_tokens=3000, workers=2)
+    assert leak(held, most_mb=20) == ""
