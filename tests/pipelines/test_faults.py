@@ -59,12 +59,16 @@ def test_a_step_that_is_not_a_number_changes_nothing_and_is_told(
     assert all(torch.isfinite(torch.tensor(w)).all() for w in torch_weights(result.folder).values())
 
 
+def _told(sums: torch.Tensor, counts: torch.Tensor) -> Losses:
+    return Losses(sums=sums.double(), counts=counts, squares=sums.double(), tokens=counts.sum())
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_skipped_step_leaves_weights_moments_and_count_as_they_were(fused: bool) -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
     guard = Guard(FaultSettings(), torch.device("cpu"))
-    losses = Losses(torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.int64), torch.tensor(3))
+    losses = _told(torch.ones(3), torch.ones(3, dtype=torch.int64))
     for norm in (1.0, float("inf"), 1.0):
         weight.grad = torch.ones(3) if norm == 1.0 else torch.full((3,), float("inf"))
         before = weight.detach().clone()
@@ -82,7 +86,7 @@ def test_a_loss_beyond_six_sigma_is_a_spike_of_its_modality(spikes: Any, verdict
     counts = torch.tensor([10, 10, 0])
 
     def check(audio_and_text: torch.Tensor) -> int:
-        return int(guard.check(Losses(audio_and_text * counts, counts, torch.tensor(20)), torch.tensor(1.0)))
+        return int(guard.check(_told(audio_and_text * counts, counts), torch.tensor(1.0)))
 
     for _ in range(200):
         usual = torch.tensor([5.0, 2.0, 0.0]) + 0.1 * torch.randn(3, generator=noise)
