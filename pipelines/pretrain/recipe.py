@@ -145,6 +145,9 @@ class PretrainRecipe(Settings):
     """Optimizer steps of the run. Give either this or `tokens`."""
     tokens: int | None = Field(default=None, ge=1)
     """Token budget, padding included, rounded up to whole steps."""
+    from_step: int = Field(default=0, ge=0)
+    """Steps that earlier stages of the run in this folder have taken: it goes on from there, with the data in a new order.
+    `pipelines.pretrain.stages` sets it; the length of the run counts them."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """What matrices are multiplied in. Weights, gradients and moments are fp32 either way."""
     recompute_every: int = Field(default=0, ge=0)
@@ -183,6 +186,13 @@ class PretrainRecipe(Settings):
             raise ValueError(
                 f"schedule.warmup_steps is {warmup} and schedule.decay_steps {decay}: they must fit into the {total} "
                 "steps of the run; lower one of them"
+            )
+        if self.from_step >= total:
+            raise ValueError(f"from_step is {self.from_step}, but the run ends with step {total}; lengthen it")
+        if self.from_step and self.schedule.kind != "wsd":
+            raise ValueError(
+                f"schedule.kind is {self.schedule.kind}, whose rate follows the length of the whole run; a run that goes on "
+                "by stages needs wsd"
             )
         return self
 

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from pipelines.corpus.errors import StoreError, TransientError
 from pipelines.shards.storage import DiskFullError
 from pipelines.shards.writer import WrittenShard
+from pipelines.tokenize.budget import JobError
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.units import WorkUnit
 from pipelines.tokenize.worker import UnitWorker
@@ -33,8 +34,16 @@ RETRY_AFTER_S = 1.0
 """Wait before a unit that failed is tried again; twice as long each further time."""
 
 
-class JobError(RuntimeError):
-    """The job had to stop; what it committed stays, and the same command goes on from there."""
+MOST_FAILED = 3
+"""When so many units have failed and none was finished, it is not the units."""
+
+
+class UnitsFailedError(JobError):
+    """Some units failed as often as the recipe allows; all others are done."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__("\n".join(reasons.values()))
+        self.units = sorted(reasons)
 
 
 @dataclass(eq=False)
@@ -60,6 +69,9 @@ class Pool:
         self._tries: Counter[str] = Counter()
         self._delayed: list[tuple[float, WorkUnit]] = []
         """Units to be tried again from a time on."""
+        self._failed: dict[str, str] = {}
+        """Units that are not tried again, and why."""
+        self._finished = 0
         self.ready_s = 0.0
         """From the start to the first worker that was ready."""
 
@@ -106,7 +118,8 @@ class Pool:
         """Do the units, the first ones first; each with its shard as it is finished, None when `tick_s` passed without.
 
         Raises:
-            JobError: a unit failed as often as the recipe allows.
+            UnitsFailedError: units failed as often as the recipe allows; at the end, so that none of them holds up others.
+            JobError: a store refuses, or nothing but failures came.
         """
         waiting = deque(units)
         while waiting or self._delayed or any(actor.running for actor in self._actors):
@@ -119,13 +132,18 @@ class Pool:
                 yield None
             for reference in done:
                 if reference in self._pending and (finished := self._received(reference, waiting)):
+                    self._finished += 1
                     yield finished
+            if len(self._failed) >= MOST_FAILED and not self._finished:
+                break
+        if self._failed:
+            raise UnitsFailedError(self._failed)
 
     def _received(self, reference: Any, waiting: deque[WorkUnit]) -> tuple[WorkUnit, WrittenShard] | None:
         actor, unit = self._pending[reference]
         try:
             result = ray.get(reference)
-        except RayActorError as error:
+        except RayActorError:
             if unit is None:
                 raise
             # Only the first was being done; the worker comes back, and the others wait for it or for another.
@@ -134,7 +152,7 @@ class Pool:
             self._await_start(actor)
             waiting.extendleft(u for u in reversed(lost[1:]) if u)
             assert lost[0]
-            self._again(lost[0], "its worker died without a Python error (out of memory, or killed)", error)
+            self._again(lost[0], "its worker died without a Python error (out of memory, or killed)")
             return None
         except RayTaskError as error:
             if isinstance(error.cause, DiskFullError | StoreError):
@@ -142,7 +160,7 @@ class Pool:
             if unit is None or not isinstance(error.cause, TransientError):
                 raise
             self._forget(reference)
-            self._again(unit, str(error.cause), error)
+            self._again(unit, str(error.cause))
             return None
         self._forget(reference)
         if unit is None:
@@ -180,15 +198,16 @@ class Pool:
             self._actors.remove(actor)
             self._pending = {r: owed for r, owed in self._pending.items() if owed[0] is not actor}
 
-    def _again(self, unit: WorkUnit, why: str, error: Exception) -> None:
+    def _again(self, unit: WorkUnit, why: str) -> None:
         self._tries[unit.id] += 1
         if self._tries[unit.id] >= self._recipe.units.tries:
             first, last = unit.slices[0], unit.slices[-1]
-            raise JobError(
+            self._failed[unit.id] = (
                 f"unit {unit.id} failed {self._tries[unit.id]} times, last because {why}: {len(unit.slices)} inputs of "
                 f"source {unit.source}, from {first.input.uri} to {last.input.uri}. Lower units.bytes or workers, or look "
                 "at these inputs; what is done stays committed."
-            ) from error
+            )
+            return
         self._delayed.append((time.monotonic() + RETRY_AFTER_S * 2.0 ** (self._tries[unit.id] - 1), unit))
 
     def _wait_for_the_first(self, timeout_s: float) -> None:
