@@ -68,6 +68,8 @@ class Plan:
     """By source, where any are missing."""
     together: frozenset[str] = frozenset()
     """Pending units that are committed all at once: those that a request for retirement has made."""
+    begun: bool = False
+    """Whether an earlier run has planned some of the pending units, but not done them."""
     set_aside: tuple[str, ...] = ()
     """Units that would be pending, but for `Request.without`."""
 
@@ -248,6 +250,7 @@ class _Comparison:
             done=len(self._current) - len(waiting),
             missing=self._missing,
             together=frozenset(self._together),
+            begun=any(unit.id not in aside for unit in known),
             set_aside=tuple(sorted(aside)),
         )
 
