@@ -18,16 +18,18 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pipelines.exclusive import create_exclusively
 from pipelines.shards.storage import Storage
 
 Outcome = Literal["done", "skipped", "refused", "failed", "lost"]
 """`skipped`: not due when its turn came; `refused`: the evaluation said no; `lost`: it ended without a word."""
+
+T = TypeVar("T")
 
 ENDED_WELL = ("done", "skipped")
 
@@ -52,7 +54,10 @@ class Plan:
     without: list[str]
     """Units that are set aside."""
     version: int
-    """Of the dataset when the run was begun; 0 if there was none."""
+    """Of the dataset, at the end of the run before: what came in between, by hand or from a process that was taken for dead,
+    counts for this run, so that the records' sums are the dataset's."""
+    trained_to: int
+    """Step with which the last finished stage ended, at the end of the run before."""
     recipe: dict[str, Any]
     tokenize: dict[str, Any]
     pretrain: dict[str, Any] | None
@@ -102,8 +107,11 @@ class Record:
     version: int
     """Of the dataset when the run had ended."""
     documents: int
-    """That came to the dataset from `Plan.version` to `version`, whatever the steps could still say."""
+    """That came to the dataset after `Plan.version`, whatever the steps could still say."""
     tokens: int
+    trained_to: int
+    """Step with which the last finished stage had ended when the run had; `steps_trained` of them are this run's."""
+    steps_trained: int
     executor: str
     host: str
     begun: str
@@ -145,7 +153,7 @@ class State:
         return create_exclusively(self.run_folder(plan.number) / "plan.json", _json(plan))
 
     def plan(self, number: int) -> Plan:
-        return Plan(**self._read(self.run_folder(number) / "plan.json"))
+        return self._made(Plan, self.run_folder(number) / "plan.json")
 
     def conclude(self, record: Record) -> bool:
         """Record the end of a run; False if another process has done so."""
@@ -156,8 +164,8 @@ class State:
         file = self.runs / f"{number:06d}.json"
         if not file.exists():
             return None
-        values = self._read(file)
-        return Record(**values | {"steps": [Result(**r) for r in values["steps"]]})
+        record = self._made(Record, file)
+        return replace(record, steps=[Result(**r) for r in record.steps])  # type: ignore[arg-type]
 
     def records(self, most: int | None = None) -> Iterator[Record]:
         """Records, the newest first."""
@@ -174,7 +182,7 @@ class State:
         found = []
         for step in steps:
             files = self.run_folder(number).glob(f"{step}.*.json")
-            found += sorted((Result(**self._read(file)) for file in files), key=lambda r: r.attempt)
+            found += sorted((self._made(Result, file) for file in files), key=lambda r: r.attempt)
         return found
 
     def log(self, number: int, step: str, attempt: int) -> Path:
@@ -208,6 +216,12 @@ class State:
     def last_tick(self) -> dict[str, str] | None:
         file = self.folder / "last_tick.json"
         return self._read(file) if file.exists() else None
+
+    def _made(self, kind: type[T], file: Path) -> T:
+        try:
+            return kind(**self._read(file))
+        except TypeError as error:
+            raise StateError(f"{file} was written by another version of Braid: {error}; update Braid") from error
 
     def _read(self, file: Path) -> dict[str, Any]:
         try:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from pipelines.crash import crash_point
+from pipelines.pretrain.stages import steps_done
 from pipelines.recurring.alerts import send_alerts
 from pipelines.recurring.due import (
     Due,
@@ -169,6 +170,7 @@ class _Reconcile:
 
     def _plan(self, trigger: str, steps: list[str], why: dict[str, str], found: Found) -> Plan:
         pretrain = pretrain_recipe(self.recipe, self.tokenize.dataset) if "pretrain" in steps else None
+        before = next(self.state.records(), None)
         return Plan(
             number=(self.state.numbers() or [0])[-1] + 1,
             pipeline=self.name,
@@ -177,7 +179,8 @@ class _Reconcile:
             why=why,
             inputs=found.inputs,
             without=found.set_aside,
-            version=self._version(),
+            version=before.version if before else self._version(),
+            trained_to=before.trained_to if before else self._trained_to(),
             recipe=self.recipe.model_dump(mode="json"),
             tokenize=self.tokenize.model_dump(mode="json"),
             pretrain=pretrain.model_dump(mode="json") if pretrain else None,
@@ -191,6 +194,9 @@ class _Reconcile:
 
     def _version(self) -> int:
         return Dataset.open(self.tokenize.dataset).version if Dataset.exists(self.tokenize.dataset) else 0
+
+    def _trained_to(self) -> int:
+        return steps_done(Path(self.recipe.pretrain.output)) if self.recipe.pretrain else 0
 
     def _conclude(self, plan: Plan, memory: Memory, stopped: str = "") -> Record:
         """Record the end of a run, and tell whom it concerns."""
@@ -210,6 +216,8 @@ class _Reconcile:
             version=version,
             documents=documents,
             tokens=tokens,
+            trained_to=(trained_to := self._trained_to()),
+            steps_trained=trained_to - plan.trained_to,
             executor=plan.executor,
             host=plan.host,
             begun=plan.begun,
@@ -240,7 +248,8 @@ def describe(record: Record) -> str:
     """A run in one line."""
     said = {"done": "done", "skipped": "nothing was due", "refused": "refused", "failed": "failed", "lost": "lost"}
     came = f"; {record.documents:,} new documents of {record.tokens:,} tokens" if record.documents else ""
-    return f"run {record.number} {said[record.outcome]}: {record.why}{came}"
+    trained = f"; {record.steps_trained:,} steps trained" if record.steps_trained else ""
+    return f"run {record.number} {said[record.outcome]}: {record.why}{came}{trained}"
 
 
 def _outcome(plan: Plan, results: list[Result], stopped: str) -> tuple[Outcome, str]:
