@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Pipelines that run by themselves: what arrived, exactly once.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(help="A pipeline's recipe: a file, or the name of a shipped one.")]
+Name = Annotated[str, typer.Argument(help="A pipeline's recipe, or the name of an installed or a shipped one.")]
 
 EXIT_CODES = {"done": 0, "skipped": 0, "refused": 1, "failed": 1, "lost": 1}
 
@@ -192,9 +192,9 @@ def doctor(name: Name, overrides: Overrides = None) -> None:
     """
     from pipelines.recurring.doctor import examine
 
-    named, recipe = _read(name, overrides)
+    _, recipe = _read(name, overrides)
     faults = 0
-    for finding in examine(named, recipe):
+    for finding in examine(name, recipe):
         faults += finding.level == "fault"
         _say(f"{finding.level + ':':7} {finding.text}")
     if faults:

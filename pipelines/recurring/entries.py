@@ -111,7 +111,7 @@ class Table:
             enabled = not line.startswith("#")
             text = line.removeprefix("#DISABLED:").lstrip("# ").strip()
             if self._name(line) and len(fields := text.split(None, 5)) == 6:
-                words = shlex.split(fields[5], comments=True)
+                words = shlex.split(fields[5].replace(r"\%", "%"), comments=True)
                 at = " ".join(fields[:5])
                 found.append(Entry(name=self._name(line), via=self.via, at=at, script=words[-1], enabled=enabled))
         return found
@@ -212,6 +212,14 @@ def all_entries() -> list[Entry]:
     return found
 
 
+def installed_recipe(name: str) -> Path | None:
+    """The recipe of a pipeline that is installed here for this user; None if there is none of that name."""
+    for entry in all_entries():
+        if entry.name == name and (installed := Installed.of(State(Path(entry.script).parent))):
+            return Path(installed.recipe)
+    return None
+
+
 def install(
     name: str, recipe: Path, overrides: Sequence[str], state: State, via: str, at: str, options: Sequence[str] = ()
 ) -> Installed:
@@ -223,6 +231,13 @@ def install(
     """
     schedule, chosen = Schedule.parse(at), keeper(via)
     before = Installed.of(state)
+    if other := next(
+        (e for e in chosen.entries() if e.name == name and e.script != str(state.folder / "tick.sh")), None
+    ):
+        raise InstallError(
+            f"a pipeline named {name} is installed already, with its state in {Path(other.script).parent}; rename one of the "
+            f"recipes, or remove that one: `braid pipeline remove`"
+        )
     script = write_script(state, recipe, overrides)
     chosen.put(name, schedule, script, options)
     if before and before.via != via:

@@ -19,6 +19,7 @@ from pipelines.recurring.memory import Memory
 from pipelines.recurring.recipe import PipelineRecipe
 from pipelines.recurring.schedule import Schedule
 from pipelines.recurring.state import Record, State
+from pipelines.report.charts import short
 
 MODALITIES = ("text", "image", "audio")
 
@@ -52,24 +53,29 @@ def row(record: Record) -> dict[str, Any]:
 
 
 def render(records: Iterable[Record], console: Console) -> None:
-    """Print runs as a table, the newest first."""
-    table = Table("run", "begun (UTC)", "outcome", "took", "documents", "tokens", "steps", "loss", "why")
+    """Print runs as a table, the newest first, and below it why some did not end well."""
+    table = Table("run", "begun (UTC)", "outcome", "took", "documents", "tokens", "steps", "loss")
+    for column in table.columns:
+        column.no_wrap = True
     for column in (table.columns[i] for i in (0, 3, 4, 5, 6)):
         column.justify = "right"
+    unwell = []
     for record in records:
-        loss = " ".join(f"{name} {value:.3f}" for name, value in losses(record).items())
         table.add_row(
             str(record.number),
-            record.begun[:16].replace("T", " "),
+            record.begun[5:16].replace("T", " "),
             f"[{_COLOURS[record.outcome]}]{record.outcome}[/]",
             took(record.seconds),
-            f"{record.documents:,}",
-            f"{record.tokens:,}",
-            f"{record.steps_trained:,}",
-            loss,
-            _plain(record.why if record.outcome not in ("done", "skipped") else ""),
+            short(record.documents),
+            short(record.tokens),
+            short(record.steps_trained),
+            " ".join(f"{name[0]} {value:.3f}" for name, value in losses(record).items()),
         )
+        if record.outcome not in ("done", "skipped"):
+            unwell.append(f"run {record.number} {record.outcome}: {record.why}")
     console.print(table)
+    for line in unwell:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def took(seconds: float) -> str:
@@ -116,9 +122,3 @@ def _under_way(state: State, number: int) -> dict[str, Any]:
         "step": next((step for step in plan.steps if step not in done), None),
         "ended": {r.step: r.why for r in ended},
     }
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -38,6 +38,9 @@ _MEANINGS = {
 }
 
 
+_UNWELL = ("outcome", "begun (UTC)", "why", "failed attempts", "told")
+
+
 def write_page(state: State, name: str, out: Path | None = None) -> Path:
     """Write the page; `history.html` in the state folder by default."""
     records = list(state.records(LISTED))
@@ -76,14 +79,18 @@ def _overview(records: Sequence[Record], state: State) -> Markup:
         (f"{len(state.numbers()):,}", "runs"),
         (
             _SIGNS[newest.outcome] + f" run {newest.number}",
-            f"last: {_MEANINGS[newest.outcome]}, {newest.ended[:16]} UTC",
+            f"last: {_MEANINGS[newest.outcome]}, {_moment(newest.ended)} UTC",
         ),
         (short(float(sum(r.documents for r in records))), "documents came in"),
         (short(float(sum(r.tokens for r in records))), "tokens came in"),
         (f"{newest.trained_to:,}", "steps trained"),
     ]
     cells = [
-        (r.outcome, _SIGNS[r.outcome], f"run {r.number}, {r.begun[:16]} UTC: {_MEANINGS[r.outcome]}. {r.why}")
+        (
+            r.outcome,
+            _SIGNS[r.outcome],
+            f"run {r.number}, {r.begun[:16].replace('T', ' ')} UTC: {_MEANINGS[r.outcome]}. {r.why}",
+        )
         for r in reversed(records[:SHOWN])
     ]
     said = ", ".join(f"{count} {_MEANINGS[name]}" for name, count in counted.items())
@@ -177,7 +184,8 @@ def _failures(records: Sequence[Record]) -> Markup:
             tried = ", ".join(f"{count} of {step}" for step, count in attempts.items())
             told = ", ".join(f"{a['event']} to {a['to']}{' (failed)' if a['error'] else ''}" for a in record.alerts)
             why = tag("span", record.why, class_="wrap")
-            rows.append((f"run {record.number}", _outcome(record), f"{record.begun[:16]}", why, tried, told))
+            cells = (_start(_moment(record.begun)), why, _start(tried), _start(told))
+            rows.append((f"run {record.number}", _outcome(record), *cells))
     memory = Memory.of(records[0].memory)
     open_counts = [f"{step} failed in the last {n} runs" for step, n in memory.failed.items()]
     open_counts += [f"unit {unit} failed in {n} runs" for unit, n in memory.units.items()]
@@ -188,7 +196,11 @@ def _failures(records: Sequence[Record]) -> Markup:
         tag("p", note, class_="note"),
         tag(
             "div",
-            table("Runs that did not end well", ("", "outcome", "begun (UTC)", "why", "failed attempts", "told"), rows),
+            table(
+                "Runs that did not end well",
+                ("", *map(_start, ("outcome", "begun (UTC)", "why", "failed", "told"))),
+                rows,
+            ),
         ),
         aria_labelledby="failures",
     )
@@ -196,12 +208,24 @@ def _failures(records: Sequence[Record]) -> Markup:
 
 def _runs(records: Sequence[Record]) -> Markup:
     present = [name for name in MODALITIES if any(name in losses(r) for r in records)]
-    header = ("", "outcome", "begun (UTC)", "by", "took", "documents", "tokens", "version", "steps", "stage", *present)
+    header = (
+        "",
+        _start("outcome"),
+        "begun (UTC)",
+        "by",
+        "took",
+        "documents",
+        "tokens",
+        "version",
+        "steps",
+        "stage",
+        *present,
+    )
     rows = [
         (
             f"run {r.number}",
             _outcome(r),
-            r.begun[:16].replace("T", " "),
+            _moment(r.begun),
             r.trigger,
             took(r.seconds),
             f"{r.documents:,}",
@@ -219,6 +243,16 @@ def _runs(records: Sequence[Record]) -> Markup:
         table("The newest first; losses in nats a token on held-out documents", header, rows),
         aria_labelledby="runs",
     )
+
+
+def _moment(time: str) -> str:
+    """To the minute."""
+    return time[:16].replace("T", " ")
+
+
+def _start(text: str) -> Markup:
+    """A cell of words, which begins where its column does."""
+    return tag("span", text, class_="words")
 
 
 def _outcome(record: Record) -> Markup:

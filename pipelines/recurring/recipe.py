@@ -155,15 +155,24 @@ class PipelineRecipe(Settings):
 
 
 def pipeline_path(name: str) -> Path:
-    """The recipe that a user means: a file, or the name of a shipped one, with or without `pipeline/`."""
-    if not Path(name).is_file():
-        for candidate in (f"pipeline/{name}", name):
-            try:
-                return recipe_path(candidate)
-            except RecipeError as error:
-                missing = error
-        raise missing
-    return Path(name)
+    """The recipe that a user means: a file, an installed pipeline, or a shipped recipe, with or without `pipeline/`.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    # Here, because it asks the schedulers of this machine.
+    from pipelines.recurring.entries import installed_recipe
+
+    if recipe := installed_recipe(name):
+        return recipe
+    for candidate in (f"pipeline/{name}", name):
+        try:
+            return recipe_path(candidate)
+        except RecipeError as error:
+            missing = error
+    raise missing
 
 
 def tokenize_recipe(recipe: PipelineRecipe) -> TokenizeRecipe:

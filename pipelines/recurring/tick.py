@@ -150,7 +150,7 @@ class _Reconcile:
                 continue
             due = self._look(step, found, all_of_it=all_of_it)
             if given_up := memory.given_up(step, self.recipe.retries, found.inputs):
-                advice = f"mend it and call `braid pipeline run {self.name}`, or wait for new inputs"
+                advice = "mend it and call `braid pipeline run`, or wait for new inputs"
                 why[step] = f"{given_up}; {advice}" if due.due else due.why
             elif steps:
                 steps.append(step)

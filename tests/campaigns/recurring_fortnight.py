@@ -73,20 +73,25 @@ class Fortnight:
         self.days: list[Day] = []
 
     def day(self, number: int, kinds: list[str], *, failing: bool, paused: bool) -> None:
-        inputs = self._arrive(number)
+        inputs = [self._arrive(number)]
         model = self.nightly.folder / "text.model"
         if failing:
             model.rename(model.with_suffix(".away"))
         if paused:
             self.nightly.state.pause("campaign", "a paused day")
-        said = [self._tick(kind) for kind in kinds]
+        said = []
+        for nth, kind in enumerate(kinds):
+            if nth:
+                # So that there is something to disturb.
+                inputs.append(self._arrive(number))
+            said.append(self._tick(kind))
         if failing:
             model.with_suffix(".away").rename(model)
         if paused:
             assert "paused by campaign" in said[0], said
             self.nightly.state.resume()
         marks = [*(["tokenizer gone"] if failing else []), *(["paused"] if paused else [])]
-        self.days.append(Day(number, inputs, ", ".join([*kinds, *marks]), "; ".join(said)))
+        self.days.append(Day(number, "; ".join(inputs), ", ".join([*kinds, *marks]), "; ".join(said)))
         print(self.days[-1], flush=True)
 
     def finish(self) -> None:
@@ -101,10 +106,10 @@ class Fortnight:
     def _arrive(self, number: int) -> str:
         """New, late, changed, corrupt and mended inputs."""
         rng, did = self.random, Counter[str]()
-        names = [f"d{number:02}-{i}" for i in range(rng.randint(1, 4))]
+        names = [f"d{number:02}-{rng.randrange(10**6):06}" for _ in range(rng.randint(1, 4))]
         did["new"] = len(names)
         if rng.random() < 0.4 and number > 1:
-            names.append(f"d{rng.randrange(number):02}-late-{number}")
+            names.append(f"d{rng.randrange(number):02}-late-{number}-{rng.randrange(10**6):06}")
             did["late"] += 1
         if rng.random() < 0.5:
             names.append(rng.choice(sorted(self.valid)))
@@ -118,8 +123,9 @@ class Fortnight:
             self.valid[name] = text
             self.corrupt.discard(name)
         if rng.random() < 0.4:
-            self.nightly.write(f"d{number:02}-bad", b"caf\xe9 " * rng.randint(1, 9))
-            self.corrupt.add(f"d{number:02}-bad")
+            bad = f"d{number:02}-bad-{rng.randrange(10**6):06}"
+            self.nightly.write(bad, b"caf\xe9 " * rng.randint(1, 9))
+            self.corrupt.add(bad)
             did["corrupt"] += 1
         return ", ".join(f"{count} {kind}" for kind, count in did.items())
 
@@ -275,7 +281,7 @@ def run(days: int, seed: int, folder: Path) -> tuple[Fortnight, list[str]]:
     failing = {days // 2, days // 2 + 1}
     for number in range(1, days + 1):
         paused = number == days - 1
-        today = ["one"] if paused or number in failing else [kinds.pop() for _ in range(rng.choice((1, 1, 2)))]
+        today = ["one"] if paused or number in failing else [kinds.pop() for _ in range(rng.choice((1, 2, 2, 3)))]
         fortnight.day(number, today, failing=number in failing, paused=paused)
     fortnight.finish()
     return fortnight, fortnight.faults()

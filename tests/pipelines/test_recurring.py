@@ -19,11 +19,11 @@ from pipelines.pretrain.stages import claim_stage
 from pipelines.recipe import RecipeError, read_recipe
 from pipelines.recurring.due import look_at_export, look_at_inputs, look_at_pretrain
 from pipelines.recurring.lease import Lease
-from pipelines.recurring.recipe import PipelineRecipe, Retries, pretrain_recipe, tokenize_recipe
+from pipelines.recurring.recipe import PipelineRecipe, Retries, pipeline_path, pretrain_recipe, tokenize_recipe
 from pipelines.recurring.state import Outcome, Plan, Result, State
 from pipelines.recurring.tick import Ticked, tick
 from tests.pipelines.jobs import run_units
-from tests.pipelines.nightly import STEPS, Nightly
+from tests.pipelines.nightly import ROOT, STEPS, Nightly
 
 
 class Scripted:
@@ -208,9 +208,7 @@ def test_a_failed_step_is_tried_in_so_many_runs_and_again_when_inputs_come(tmp_p
         assert (record.outcome, record.why) == ("failed", "tokenize: as told")
     given_up = _tick(nightly, executor)
     assert given_up.record is None
-    assert (
-        "tokenize: given up after it failed in 3 runs; mend it and call `braid pipeline run nightly`" in given_up.said
-    )
+    assert "tokenize: given up after it failed in 3 runs; mend it and call `braid pipeline run`" in given_up.said
     nightly.write("new", "the fox")
     for _ in range(3):
         assert _tick(nightly, executor).record
@@ -382,3 +380,12 @@ def test_a_tick_with_nothing_to_do_loads_neither_torch_nor_ray(tmp_path: Path) -
     done = subprocess.run([sys.executable, "-c", code, str(nightly.file)], capture_output=True, text=True, check=True)
     assert "nothing to do" in done.stdout
     assert done.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs" / "pipeline").glob("*.yaml")))
+def test_the_shipped_pipelines_and_the_recipes_that_they_name_can_be_read(name: str) -> None:
+    recipe = read_recipe(PipelineRecipe, pipeline_path(name))
+    tokenize = tokenize_recipe(recipe)
+    pretrain = pretrain_recipe(recipe, tokenize.dataset)
+    assert pretrain
+    assert pretrain.data.dataset == tokenize.dataset

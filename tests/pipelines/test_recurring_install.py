@@ -20,6 +20,7 @@ from pipelines.recurring.entries import Installed, InstallError, Table, all_entr
 from pipelines.recurring.lease import Lease
 from pipelines.recurring.recipe import tokenize_recipe
 from pipelines.recurring.schedule import Schedule, ScheduleError
+from pipelines.recurring.state import State
 from pipelines.recurring.systemd import units
 from tests.pipelines.jobs import run_units
 from tests.pipelines.nightly import Nightly
@@ -121,6 +122,8 @@ def test_an_entry_is_made_replaced_and_removed_and_others_are_left_alone(tmp_pat
     install("nightly", nightly.file, [], state, "cron", "02:30")
     install("nightly", nightly.file, ["tokenize.new_inputs=3"], state, "cron", "hourly")
     install("other", nightly.file, [], state, "cron", "daily")
+    with pytest.raises(InstallError, match="a pipeline named nightly is installed already, with its state in"):
+        install("nightly", nightly.file, [], State(folder / "another state"), "cron", "02:30")
     assert _crontab().startswith("# of somebody else\n0 5 * * * true\n")
     entries = {entry.name: entry for entry in all_entries()}
     assert {name: entry.at for name, entry in entries.items()} == {"nightly": "0 * * * *", "other": "0 2 * * *"}
