@@ -1,4 +1,4 @@
-"""What the job benchmarks share: a bare loop in processes of its own, a whole job, and one unit without Ray."""
+"""What the job benchmarks share: a bare loop in processes of its own, and a whole job."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.corpus.documents import Slice
 from pipelines.sequence import Modality
 from pipelines.shards.dataset import Dataset
 from pipelines.tokenize.job import Summary, tokenize
 from pipelines.tokenize.recipe import TokenizeRecipe
-from pipelines.tokenize.units import WorkUnit
-from pipelines.tokenize.worker import UnitWorker
 
 Load = Callable[[], Callable[[Any], Any]]
 """Makes a tokenizer inside its process; the tokenizer then takes one item."""
@@ -61,15 +58,6 @@ def whole_job(recipe: TokenizeRecipe) -> tuple[float, Summary]:
     began = time.perf_counter()
     summary = tokenize(recipe)
     return time.perf_counter() - began, summary
-
-
-def one_unit(worker: UnitWorker) -> tuple[float, str]:
-    """Seconds of one unit over all inputs of the recipe's only source, without Ray, and its shard's name."""
-    (source,) = worker.recipe.sources
-    slices = tuple(Slice(input=item, start=0, stop=item.size) for item in source.inputs())
-    began = time.perf_counter()
-    written = worker.run(WorkUnit(source=source.name, slices=slices))
-    return time.perf_counter() - began, written.name
 
 
 def ids_by_source(dataset: str | Path, modality: Modality) -> dict[str, np.ndarray]:

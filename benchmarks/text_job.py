@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.corpora import texts
-from benchmarks.jobs import bare, ids_by_source, one_unit, whole_job
+from benchmarks.jobs import bare, ids_by_source, whole_job
 from benchmarks.measuring import close, result
 from benchmarks.peers import python_with
+from benchmarks.units import one_unit
 from pipelines.sequence import Modality
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.worker import UnitWorker

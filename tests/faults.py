@@ -3,9 +3,10 @@
     python -m tests.faults      prints the endpoint's URL and runs until its standard input ends
 
 Enters: a `FaultPlan`, to be changed at any time. Leaves: an endpoint that answers 500 and 503, resets and delays
-connections and cuts bodies short, before the server has seen the request or after. Always holds: what a request meets
-follows from the plan's seed, the request, and how often it was sent; and a conditional PUT is atomic, as S3's is (moto
-looks first and writes then). A process of its own, because deltalake waits for some answers with Python's lock held.
+connections and cuts bodies short, before the server has seen the request or after. Always holds: whether a request goes
+wrong follows from the plan's seed, the request, and how often it was sent; the kinds of faults take turns, so that each
+comes; and a conditional PUT is atomic, as S3's is (moto looks first and writes then). A process of its own, because
+deltalake waits for some answers with Python's lock held.
 """
 
 from __future__ import annotations
@@ -63,13 +64,13 @@ class FaultPlan:
     ignore_conditions: bool = False
     """Be one of the stores that overwrite whatever a conditional PUT says."""
 
-    def fault(self, method: str, path: str, headers: Mapping[str, str], attempt: int) -> str:
-        """The kind of fault that a request meets at its n-th attempt, or nothing."""
+    def hits(self, method: str, path: str, headers: Mapping[str, str], attempt: int) -> bool:
+        """Whether a request goes wrong at its n-th attempt."""
         if not re.search(self.only, f"{method} {path}") or (self.first and attempt > 1):
-            return ""
+            return False
         words = f"{self.seed}\n{method}\n{path}\n{headers.get('Range')}\n{attempt}"
         number = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big")
-        return self.kinds[number % 65537 % len(self.kinds)] if number / 2**64 < self.rate else ""
+        return number / 2**64 < self.rate
 
 
 class FaultyS3:
@@ -136,6 +137,7 @@ class _Proxy(ThreadingHTTPServer):
         self.log: list[tuple[str, str]] = []
         self._server = server
         self._attempts: Counter[tuple[str, ...]] = Counter()
+        self._faults = 0
         self._keys: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
 
@@ -148,6 +150,7 @@ class _Proxy(ThreadingHTTPServer):
                 self.plan = FaultPlan(**json.loads(body))
                 self.log.clear()
                 self._attempts.clear()
+                self._faults = 0
             elif path == "/_fill":
                 from moto.s3.models import s3_backends
 
@@ -161,7 +164,9 @@ class _Proxy(ThreadingHTTPServer):
         with self._lock:
             request = method, path, str(headers.get("Range"))
             self._attempts[request] += 1
-            kind = self.plan.fault(method, path, headers, self._attempts[request])
+            hit = self.plan.hits(method, path, headers, self._attempts[request])
+            kind = self.plan.kinds[self._faults % len(self.plan.kinds)] if hit else ""
+            self._faults += hit
             self.log.append((f"{method} {path}", kind))
             return kind
 
@@ -212,7 +217,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            length = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(length)
+            if len(body) < length:
+                # A client that gave up meanwhile: S3 would not store the part of a body that came.
+                raise ConnectionAbortedError(f"{len(body)} of {length} bytes came")
+            return body
         parts = []
         while size := int(self.rfile.readline().split(b";")[0], 16):
             parts.append(self.rfile.read(size))

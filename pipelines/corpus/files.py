@@ -56,9 +56,9 @@ class File:
         if self.listed:
             return self.listed
         try:
-            with _transient(self.path):
-                status = os.stat(self.path)  # noqa: PTH116 - a Path object per file doubles the time of a listing
+            status = os.stat(self.path)  # noqa: PTH116 - a Path object per file doubles the time of a listing
         except OSError as error:
+            _require_answer(self.path, error)
             return 0, f"unreadable {error.errno}"
         return status.st_size, f"{status.st_size} {status.st_mtime_ns}"
 
@@ -185,8 +185,16 @@ def _transient(part: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _TRANSIENT:
-            raise
+        _require_answer(part, error)
+        raise
+
+
+def _require_answer(part: object, error: OSError) -> None:
+    """
+    Raises:
+        TransientError: the error says nothing of the file, but that its file system is away.
+    """
+    if error.errno in _TRANSIENT:
         raise TransientError(
             f"{part}: {error.strerror}: its file system does not answer as it should; look at its disk or server"
         ) from error
@@ -276,5 +284,5 @@ def _matches(parts: list[str], patterns: list[str]) -> bool:
     if not patterns:
         return not parts
     if patterns[0] == "**":
-        return any(_matches(parts[i:], patterns[1:]) for i in range(len(parts) + 1))
+        return len(patterns) == 1 or any(_matches(parts[i:], patterns[1:]) for i in range(len(parts) + 1))
     return bool(parts) and fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from pipelines.corpus.pictures import PICTURE_PREPROCESSING_VERSION
 from pipelines.corpus.sounds import SOUND_PREPROCESSING_VERSION
 from pipelines.interleave import MEDIA_OPENING
@@ -25,7 +27,7 @@ class Tokenizers:
 
     @classmethod
     def load(cls, recipe: TokenizeRecipe, device: str = "cpu") -> Tokenizers:
-        """Load what the recipe names.
+        """Load what the recipe names; on a CPU, which need not be where they encode, in float32.
 
         Raises:
             CheckpointError: a tokenizer is missing or broken.
@@ -34,18 +36,23 @@ class Tokenizers:
         settings = recipe.tokenizers
         audio = None
         if settings.audio:
-            audio = AudioTokenizer.load(settings.audio.checkpoint, n_q=settings.audio.n_q, device=device)
+            audio = AudioTokenizer.load(
+                settings.audio.checkpoint,
+                n_q=settings.audio.n_q,
+                device=device,
+                dtype="float32" if device == "cpu" else settings.audio.dtype,
+            )
             tokens = settings.audio.max_frames * audio.n_q + DOCUMENT_MARKS + MEDIA_OPENING
             if tokens > recipe.sequence_length:
                 raise RecipeError(
                     f"tokenizers.audio.max_frames = {settings.audio.max_frames}: with {audio.n_q} codebooks a span takes "
                     f"{tokens} tokens, over sequence_length {recipe.sequence_length}; lower max_frames or n_q"
                 )
-        return cls(
-            text=TextTokenizer.load(settings.text.model),
-            image=ImageTokenizer.load(settings.image.checkpoint, device=device) if settings.image else None,
-            audio=audio,
-        )
+        image = None
+        if settings.image:
+            dtype = torch.float32 if device == "cpu" else getattr(torch, settings.image.dtype)
+            image = ImageTokenizer.load(settings.image.checkpoint, device, dtype)
+        return cls(text=TextTokenizer.load(settings.text.model, settings.text.engine), image=image, audio=audio)
 
     def vocabulary(self, recipe: TokenizeRecipe) -> Vocabulary:
         """What the ids made with these tokenizers and this recipe mean."""

@@ -1,13 +1,16 @@
 """The work of one unit, as one plain callable: it runs inside a Ray actor, and without Ray too.
 
 Enters: a `WorkUnit`. Leaves: its shard in the dataset's folder, not yet committed. Always holds: what a unit gives
-depends on the unit and the recipe alone, and memory is bounded by a window of decoded documents.
+depends on the unit and the recipe alone, and memory is bounded by a few windows of decoded documents. On a CPU reading,
+decoding, encoding and writing take turns; on a GPU each runs ahead of the next, on threads of its own.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,16 +24,32 @@ from pipelines.sequence import Modality, SequenceError, Vocabulary
 from pipelines.shards.schema import Row
 from pipelines.shards.storage import Storage
 from pipelines.shards.writer import ShardWriter, WrittenShard
+from pipelines.tokenize.ahead import ahead, mapped
 from pipelines.tokenize.prepare import Prepared, prepare
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.tokenizers import Tokenizers
 from pipelines.tokenize.units import WorkUnit
 from pipelines.tokenizers.vqgan import ImageTokenizer
 
-WINDOW_DOCUMENTS = 64
-WINDOW_BYTES = 64 * 2**20
-"""Documents are encoded in windows of at most so many documents; a window ends with the document that fills so many bytes
-of decoded media and text. So it never holds more than these bytes and one document more, itself at most `MOST_BYTES`."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """Documents are encoded in windows of at most so many; a window ends with the document that fills so many bytes of
+    decoded media and text. So it never holds more than these bytes and one document more, itself at most `MOST_BYTES`."""
+
+    documents: int
+    size: int
+
+
+ON_CPU = Window(documents=64, size=64 * 2**20)
+ON_GPU = Window(documents=256, size=256 * 2**20)
+"""Several batches, so that the GPU need not wait for what comes between two windows. Up to five windows are in memory: two
+being encoded, one being decoded, and one waiting before and behind."""
+
+Item = Prepared | Reject | Dropped
+Result = Row | Reject | Dropped
+Codes = dict[Modality, list[np.ndarray]]
+"""Of a window's media and texts, in their order."""
 
 
 class UnitWorker:
@@ -44,6 +63,9 @@ class UnitWorker:
         bound = (source.bound(self.vocabulary, recipe.sequence_length) for source in recipe.sources)
         self._sources = {source.name: source for source in bound}
         self._storage = Storage.of(recipe.dataset)
+        self.window = ON_CPU if device == "cpu" else ON_GPU
+        self.decoders = 1 if device == "cpu" else max(1, int(recipe.cluster.cpus_per_worker))
+        """Threads that read and decode while the tokenizers encode; with one, each waits for the other."""
 
     def ready(self, witness: str) -> None:
         """Answer once the tokenizers are loaded.
@@ -72,21 +94,22 @@ class UnitWorker:
                     writer.add(result)
             return writer.finish()
 
-    def rows(self, unit: WorkUnit) -> Iterator[Row | Reject | Dropped]:
+    def rows(self, unit: WorkUnit) -> Iterator[Result]:
         """The rows of a unit, what had to be rejected and what a filter took out, in the order of the corpus."""
         seen: set[str] = set()
         source = self._sources[unit.source]
-        prepared = (self._prepare(source, item) for item in source.read(unit.slices))
-        for window in _windows(prepared):
-            rows = self._encode([item for item in window if isinstance(item, Prepared)])
-            for item in window:
-                result = next(rows) if isinstance(item, Prepared) else item
-                if isinstance(result, Row):
-                    if result.row_id in seen:
-                        yield _twice(result)
-                        continue
-                    seen.add(result.row_id)
-                yield result
+        prepared = mapped(lambda item: self._prepare(source, item), source.read(unit.slices), self.decoders)
+        windows = _windows(prepared, self.window)
+        encoded = self._encoded(windows) if self.decoders == 1 else ahead(self._encoded(ahead(windows)))
+        with closing(encoded):
+            for window, codes in encoded:
+                for result in self._laid_out(window, codes):
+                    if isinstance(result, Row):
+                        if result.row_id in seen:
+                            yield _twice(result)
+                            continue
+                        seen.add(result.row_id)
+                    yield result
 
     def _prepare(self, source: Reader, item: Document | Reject | Dropped) -> Prepared | Reject | Dropped:
         if isinstance(item, Reject | Dropped):
@@ -95,20 +118,47 @@ class UnitWorker:
             return Dropped(source=item.source, position=item.position, reason="weight")
         return prepare(item, source.filters, self.recipe, self.tokenizers)
 
-    def _encode(self, documents: list[Prepared]) -> Iterator[Row | Reject]:
-        """Encode a window, each modality in one call, and lay each document out."""
-        codes: dict[Modality, Iterator[np.ndarray]] = {
-            Modality.TEXT: iter(self.tokenizers.text.encode(_payloads(documents, Modality.TEXT)))
-        }
+    def _encoded(self, windows: Iterable[list[Item]]) -> Generator[tuple[list[Item], Codes], None, None]:
+        """Each window with its codes. With several threads the next window is begun before those of one are waited for."""
+        begun: list[tuple[list[Item], Callable[[], Codes]]] = []
+        for window in windows:
+            begun.append((window, self._start(window)))
+            if len(begun) > (self.decoders > 1):
+                done, codes = begun.pop(0)
+                yield done, codes()
+        for done, codes in begun:
+            yield done, codes()
+
+    def _start(self, window: list[Item]) -> Callable[[], Codes]:
+        """Begin to encode a window, each modality in one call, pictures in one call for each shape."""
+        documents = [item for item in window if isinstance(item, Prepared)]
+        codes: Codes = {Modality.TEXT: self.tokenizers.text.encode(_payloads(documents, Modality.TEXT))}
+        image = audio = None
         if self.tokenizers.image and (pictures := _payloads(documents, Modality.IMAGE)):
-            codes[Modality.IMAGE] = _by_shape(self.tokenizers.image, pictures)
+            image = _start_by_shape(self.tokenizers.image, pictures)
         if self.tokenizers.audio and (sounds := _payloads(documents, Modality.AUDIO)):
-            codes[Modality.AUDIO] = iter(self.tokenizers.audio.encode(sounds))
-        for item in documents:
+            audio = self.tokenizers.audio.start(sounds)
+
+        def result() -> Codes:
+            if image:
+                codes[Modality.IMAGE] = image()
+            if audio:
+                codes[Modality.AUDIO] = audio()
+            return codes
+
+        return result
+
+    def _laid_out(self, window: list[Item], codes: Codes) -> Iterator[Result]:
+        """Each document of a window as a row, or as what stands for it."""
+        left = {modality: iter(parts) for modality, parts in codes.items()}
+        for item in window:
+            if not isinstance(item, Prepared):
+                yield item
+                continue
             spans = [
                 EncodedSpan(
                     modality=part.modality,
-                    codes=np.asarray(part.payload) if part.encoded else next(codes[part.modality]),
+                    codes=np.asarray(part.payload) if part.encoded else next(left[part.modality]),
                     uri=part.uri,
                 )
                 for part in item.parts
@@ -142,15 +192,18 @@ class UnitWorker:
         )
 
 
-def _by_shape(tokenizer: ImageTokenizer, pictures: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """The codes of each picture, in order; pictures of one shape are encoded in one call."""
+def _start_by_shape(tokenizer: ImageTokenizer, pictures: list[np.ndarray]) -> Callable[[], list[np.ndarray]]:
+    """Begin to encode pictures, those of one shape in one call; what is returned gives the codes of each, in order."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for index, picture in enumerate(pictures):
         alike.setdefault(picture.shape, []).append(index)
-    codes: dict[int, np.ndarray] = {}
-    for indices in alike.values():
-        codes.update(zip(indices, tokenizer.encode(np.stack([pictures[i] for i in indices])), strict=True))
-    return (codes[index] for index in range(len(pictures)))
+    begun = [(indices, tokenizer.start([pictures[i] for i in indices])) for indices in alike.values()]
+
+    def result() -> list[np.ndarray]:
+        codes = {index: found for indices, wait in begun for index, found in zip(indices, wait(), strict=True)}
+        return [codes[index] for index in range(len(pictures))]
+
+    return result
 
 
 def _twice(row: Row) -> Reject:
@@ -166,14 +219,14 @@ def _payloads(documents: Iterable[Prepared], modality: Modality) -> list:  # typ
     return [part.payload for item in documents for part in item.parts if part.modality is modality and not part.encoded]
 
 
-def _windows(items: Iterable[Prepared | Reject | Dropped]) -> Iterator[list[Prepared | Reject | Dropped]]:
-    window: list[Prepared | Reject | Dropped] = []
+def _windows(items: Iterable[Item], most: Window) -> Generator[list[Item], None, None]:
+    window: list[Item] = []
     size = 0
     for item in items:
         window.append(item)
         if isinstance(item, Prepared):
             size += item.size
-        if len(window) >= WINDOW_DOCUMENTS or size >= WINDOW_BYTES:
+        if len(window) >= most.documents or size >= most.size:
             yield window
             window, size = [], 0
     if window:

@@ -1,7 +1,7 @@
 """Clips of any length through an encoder on a GPU, in batches; while one is computed, the next is on its way.
 
 Enters: float32 waveforms in host memory. Leaves: int32 codes [frames, n_q] of each, in the same order. Always holds: at
-most two batches are in flight, each of a bounded number of samples. The encoder's codes of a clip must not depend on its
+most three batches are in flight, each of a bounded number of samples. The encoder's codes of a clip must not depend on its
 batch, nor on the silence after it.
 """
 
@@ -53,6 +53,13 @@ class ClipBatches:
         self._copies = torch.cuda.Stream(self.device)
 
     def __call__(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return self.start(waveforms)()
+
+    def start(self, waveforms: Sequence[np.ndarray]) -> Callable[[], list[np.ndarray]]:
+        """Hand all clips to the device and return, with the last batch in flight, with what waits for the codes.
+
+        Whoever starts the next clips before asking for these keeps the device busy between the two.
+        """
         frames = [-(-len(waveform) // self.hop) for waveform in waveforms]
         codes: list[np.ndarray] = [np.empty(0)] * len(waveforms)
         flights: list[_Flight] = []
@@ -70,9 +77,13 @@ class ClipBatches:
             flights.append(self._start(indices, [waveforms[index] for index in indices], longest))
             if len(flights) == 2:
                 land()
-        while flights:
-            land()
-        return codes
+
+        def result() -> list[np.ndarray]:
+            while flights:
+                land()
+            return codes
+
+        return result
 
     def _start(self, indices: list[int], waveforms: list[np.ndarray], frames: int) -> _Flight:
         rows = torch.empty(len(waveforms), frames * self.hop, pin_memory=True)

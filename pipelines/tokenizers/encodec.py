@@ -151,7 +151,6 @@ class AudioTokenizer:
         """Frames of a clip of that many samples."""
         return -(-samples // self.hop)
 
-    @torch.inference_mode()
     def encode(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Encode clips; each clip's codes are the same whatever its neighbours.
 
@@ -165,12 +164,27 @@ class AudioTokenizer:
             ValueError: a waveform that is not one-dimensional, or empty; the message names which.
             FloatingPointError: a waveform whose activations the dtype cannot hold.
         """
+        return self.start(waveforms)()
+
+    @torch.inference_mode()
+    def start(self, waveforms: Sequence[np.ndarray]) -> Callable[[], list[np.ndarray]]:
+        """Begin to encode clips; what is returned waits for their codes: see `encode`.
+
+        In float16 and float16x2, whoever starts the next clips before asking for these codes keeps the GPU busy between
+        the two.
+        """
         for index, waveform in enumerate(waveforms):
             if waveform.ndim != 1 or not len(waveform):
                 raise ValueError(
                     f"waveform {index} has shape {list(waveform.shape)}: give mono float32 [samples], at least one sample."
                 )
-        return self._by_segment(waveforms, self.hop, self._encode_fast if self._fast else self._encode)
+        cut = self._segments(waveforms, self.hop)
+        pieces = list(chain.from_iterable(cut))
+        if self._fast:
+            pending = self._fast.start(pieces)
+            return lambda: _joined(cut, self._representable(pending()))
+        codes = self._encode(pieces)
+        return lambda: _joined(cut, codes)
 
     def agreement(self, reference: AudioTokenizer, waveforms: Sequence[np.ndarray]) -> np.ndarray:
         """Share of the codes of clips that equal those of `reference`, the same tokenizer in float32, say.
@@ -196,9 +210,7 @@ class AudioTokenizer:
             device=self.device,
         )
 
-    def _encode_fast(self, waveforms: Sequence[np.ndarray]) -> list[np.ndarray]:
-        assert self._fast
-        codes = self._fast(waveforms)
+    def _representable(self, codes: list[np.ndarray]) -> list[np.ndarray]:
         for index, clip in enumerate(codes):
             if clip.min() < 0:
                 raise FloatingPointError(
@@ -243,7 +255,8 @@ class AudioTokenizer:
         depths = sorted({codes.shape[1] for codes in clips})
         if len(depths) > 1:
             raise VocabularyError(f"clips of one batch have {depths} codebooks: decode clips of equal depth together.")
-        return self._by_segment(clips, 1, self._decode)
+        cut = self._segments(clips, 1)
+        return _joined(cut, self._decode(list(chain.from_iterable(cut))))
 
     def _decode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         waveforms: list[np.ndarray] = [np.empty(0)] * len(clips)
@@ -257,16 +270,12 @@ class AudioTokenizer:
                 waveforms[index] = decoded[row, 0, : len(clips[index]) * self.hop].copy()
         return waveforms
 
-    def _by_segment(
-        self, clips: Sequence[np.ndarray], frame: int, compute: Callable[[Sequence[np.ndarray]], list[np.ndarray]]
-    ) -> list[np.ndarray]:
-        """Compute clips, of which `frame` entries are one frame, in the model's own segments."""
+    def _segments(self, clips: Sequence[np.ndarray], frame: int) -> list[list[np.ndarray]]:
+        """Each clip, of which `frame` entries are one frame, cut into the model's own segments."""
         if self.config.segment_frames is None:
-            return compute(clips)
+            return [[clip] for clip in clips]
         length = self.config.segment_frames * frame
-        cut = [[clip[start : start + length] for start in range(0, len(clip), length)] for clip in clips]
-        done = iter(compute(list(chain.from_iterable(cut))))
-        return [np.concatenate(list(islice(done, len(segments)))) for segments in cut]
+        return [[clip[start : start + length] for start in range(0, len(clip), length)] for clip in clips]
 
     @property
     def _rows(self) -> int:
@@ -298,6 +307,13 @@ class AudioTokenizer:
                 f"[0, {self.codebook_size}) of {self.name}; {int(outside.sum())} such codes in all. Audio ids are "
                 f"code + codebook * {self.codebook_size}: subtract the codebook's offset first."
             )
+
+
+def _joined(cut: list[list[np.ndarray]], pieces: list[np.ndarray]) -> list[np.ndarray]:
+    """What became of the pieces of each clip, as one array a clip."""
+    done = iter(pieces)
+    parts = [list(islice(done, len(segments))) for segments in cut]
+    return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
 
 
 def record_agreement(folder: Path, dtype: AudioDtype, shares: np.ndarray, *, over: str, hardware: str) -> None:

@@ -1,12 +1,12 @@
 """Any number of items through a GPU function that takes a fixed number.
 
-What enters: a NumPy array of items of one shape. What leaves: the function's results, in order. What always holds: the
-function sees batches of one size, the last filled up with zeros, because GPU libraries choose their algorithms by
-size and other algorithms round otherwise; so what becomes of an item does not depend on how many came with it. While
-the GPU computes one batch, the next is on its way: over pinned memory, on a stream of its own.
+What enters: NumPy arrays of one shape. What leaves: the function's results, in order. What always holds: the function
+sees batches of one size, the last filled up with zeros, because GPU libraries choose their algorithms by size and other
+algorithms round otherwise; so what becomes of an item does not depend on how many came with it. While the GPU computes
+one batch, the next is on its way: over pinned memory, on a stream of its own. One thread alone may call it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,27 +51,40 @@ class FixedBatches:
         self.batch_size = batch_size
         self.device = device
         self._copies = torch.cuda.Stream(device)
+        self._lanes: dict[tuple[tuple[int, ...], torch.dtype], list[_Lane]] = {}
+        """Kept from call to call, so that their events order the copies of one call behind the work of the last."""
+        self._turn = 0
         self._graphs: dict[tuple[int, ...], Callable[[Tensor], Tensor]] | None = {} if graph else None
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, items: NDArray[Any]) -> NDArray[Any]:
+    def __call__(self, items: Sequence[NDArray[Any]] | NDArray[Any]) -> NDArray[Any]:
         """Results of all items; there must be at least one."""
-        with torch.cuda.device(self.device):
-            return self._run(items)
+        return self.start(items)()
 
-    def _run(self, items: NDArray[Any]) -> NDArray[Any]:
-        shape = (self.batch_size, *items.shape[1:])
-        dtype = torch.from_numpy(items[:0].copy()).dtype
-        lanes = [_Lane.of(shape, dtype, self.device) for _ in range(min(2, -(-len(items) // self.batch_size)))]
+    def start(self, items: Sequence[NDArray[Any]] | NDArray[Any]) -> Callable[[], NDArray[Any]]:
+        """Hand all items to the GPU and return at once with what waits for their results.
+
+        Whoever starts the next items before asking for these keeps the GPU busy between the two.
+        """
+        with torch.cuda.device(self.device):
+            return self._start(items)
+
+    def _start(self, items: Sequence[NDArray[Any]] | NDArray[Any]) -> Callable[[], NDArray[Any]]:
+        shape = (self.batch_size, *items[0].shape)
+        dtype = torch.from_numpy(items[0][:0].copy()).dtype
+        if (shape, dtype) not in self._lanes:
+            self._lanes[shape, dtype] = [_Lane.of(shape, dtype, self.device) for _ in range(2)]
         compute = self.function if self._graphs is None else self._recorded(shape, dtype, self._graphs)
         now = torch.cuda.current_stream()
         results = []
-        for index, start in enumerate(range(0, len(items), self.batch_size)):
-            lane = lanes[index % 2]
+        for start in range(0, len(items), self.batch_size):
+            lane = self._lanes[shape, dtype][self._turn]
+            self._turn = 1 - self._turn
             lane.copied.synchronize()
             part = items[start : start + self.batch_size]
             staged = lane.staged.numpy()
-            staged[: len(part)] = part
+            for row, item in zip(staged, part, strict=False):
+                row[...] = item
             staged[len(part) :] = 0
             with torch.cuda.stream(self._copies):
                 self._copies.wait_event(lane.taken)
@@ -80,7 +93,16 @@ class FixedBatches:
             now.wait_event(lane.copied)
             results.append(compute(lane.given))
             lane.taken.record()
-        return torch.cat(results)[: len(items)].cpu().numpy()
+        found = torch.cat(results)[: len(items)]
+        landed = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def result() -> NDArray[Any]:
+            done.synchronize()
+            return landed.numpy().copy()
+
+        return result
 
     def _recorded(
         self, shape: tuple[int, ...], dtype: torch.dtype, graphs: dict[tuple[int, ...], Callable[[Tensor], Tensor]]

@@ -12,7 +12,7 @@ The network is that of VQGAN (Esser, Rombach and Ommer, "Taming Transformers for
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from pipelines.tokenizers.gpu_batches import FixedBatches
 from pipelines.tokenizers.gumbel import GumbelQuantizer
 
 # Shapes: B batch, H W pixels, R C rows and columns of codes, Z latent channels, E embedding channels.
+
+Pictures = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
 
 GPU_BATCH = 64
 """Pictures that a GPU encodes at a time: enough to fill it at 256 x 256, few enough for small ones."""
@@ -238,12 +240,11 @@ class ImageTokenizer:
         """Pixels of one code in each direction."""
         return self.config.downsampling
 
-    @torch.inference_mode()
-    def encode(self, pixels: NDArray[np.uint8]) -> NDArray[np.int32]:
+    def encode(self, pixels: Pictures) -> NDArray[np.int32]:
         """Tokenize a batch of pictures of one size.
 
         Args:
-            pixels: uint8 [B, H, W, 3], RGB; H and W multiples of `downsampling`.
+            pixels: uint8 [B, H, W, 3], RGB, or a list of [H, W, 3]; H and W multiples of `downsampling`.
 
         Returns:
             int32 [B, H / downsampling, W / downsampling], values in [0, codebook_size).
@@ -252,20 +253,30 @@ class ImageTokenizer:
             ValueError: another dtype or shape.
             FloatingPointError: a picture whose activations the dtype cannot hold.
         """
-        self._check_pixels(pixels)
+        return self.start(pixels)()
+
+    @torch.inference_mode()
+    def start(self, pixels: Pictures) -> Callable[[], NDArray[np.int32]]:
+        """Begin to tokenize pictures; what is returned waits for their codes: see `encode`.
+
+        On a GPU, whoever starts the next pictures before asking for these codes keeps it busy between the two.
+        """
+        height, width = self._check_pixels(pixels)
         if not len(pixels):
-            return np.empty((0, *(side // self.downsampling for side in pixels.shape[1:3])), np.int32)
+            return lambda: np.empty((0, height // self.downsampling, width // self.downsampling), np.int32)
+        if self._on_gpu:
+            pending = self._on_gpu.start(pixels)
+            return lambda: self._whole(pending())
         # Convolution kernels are chosen by batch size, and their rounding flips about one code in some thousands.
         # One by one, a picture's codes are its own; batching gains nothing on a CPU.
-        if self._on_gpu:
-            codes = self._on_gpu(pixels)
-        else:
-            images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self._device)
-            codes = torch.cat([self._codes(image) for image in images.split(1)]).cpu().numpy()
+        codes = np.concatenate([self._codes(torch.from_numpy(picture[None].copy())).numpy() for picture in pixels])
+        return lambda: self._whole(codes)
+
+    def _whole(self, codes: NDArray[np.int32]) -> NDArray[np.int32]:
         lost = (codes < 0).any((1, 2))
         if lost.any():
             raise FloatingPointError(
-                f"picture {int(lost.argmax())} of {len(pixels)}: {self.name!r} computes numbers that {self.dtype} cannot "
+                f"picture {int(lost.argmax())} of {len(codes)}: {self.name!r} computes numbers that {self.dtype} cannot "
                 "hold; load it with bfloat16 or float32."
             )
         return codes
@@ -312,15 +323,21 @@ class ImageTokenizer:
         embedded = self.model.quantize.get_codebook_entry(codes.flatten(), (*codes.shape, self.config.embed_dim))
         return as_pixels(self.model.images(embedded.to(self.model.quant_conv.weight.dtype)))
 
-    def _check_pixels(self, pixels: NDArray[np.uint8]) -> None:
-        if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
-            raise ValueError(f"encode takes uint8 [B, H, W, 3], found {pixels.dtype} {list(pixels.shape)}.")
-        height, width = pixels.shape[1:3]
+    def _check_pixels(self, pixels: Pictures) -> tuple[int, int]:
+        """Height and width of pictures that can be encoded."""
+        found = [pixels] if isinstance(pixels, np.ndarray) else [picture[None] for picture in pixels]
+        shapes = {(str(array.dtype), array.shape) for array in found}
+        dtype, shape = next(iter(shapes), ("nothing", ()))
+        if len(shapes) != 1 or len(shape) != 4 or shape[3] != 3 or dtype != "uint8":
+            what = ", ".join(f"{dtype} {list(shape)}" for dtype, shape in sorted(shapes)) or "nothing"
+            raise ValueError(f"encode takes uint8 [B, H, W, 3], found {what}.")
+        height, width = shape[1:3]
         if min(height, width) == 0 or height % self.downsampling or width % self.downsampling:
             raise ValueError(
                 f"pictures of {height} x {width} pixels: tokenizer {self.name!r} takes positive multiples of "
                 f"{self.downsampling} in both directions; use fit_picture first."
             )
+        return height, width
 
     def _check_codes(self, codes: NDArray[np.integer[Any]]) -> None:
         if codes.ndim != 3 or not np.issubdtype(codes.dtype, np.integer):

@@ -103,8 +103,7 @@ def test_windows_do_not_show(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     recipe = _recipe(folder, "tokenizers.image.fit=buckets")
     rows = []
     for number, documents, size in ((0, 64, 2**26), (1, 1, 2**26), (2, 64, 3000)):
-        monkeypatch.setattr(working, "WINDOW_DOCUMENTS", documents)
-        monkeypatch.setattr(working, "WINDOW_BYTES", size)
+        monkeypatch.setattr(working, "ON_CPU", working.Window(documents=documents, size=size))
         dataset = run_units(recipe.model_copy(update={"dataset": str(tmp_path / str(number))}))
         rows.append(sorted((row["row_id"], row["token_ids"]) for batch in dataset.read() for row in batch.to_pylist()))
     assert rows[0] == rows[1] == rows[2]
@@ -153,3 +152,20 @@ def test_a_picture_over_the_limit_of_the_recipe_is_rejected(folder: Path, tmp_pa
     assert 0 < len(large) < 12
     assert sorted(row["source"] for row in rejects) == large
     assert {row["reason"] for row in rejects} == {"image: too many pixels"}
+
+
+def test_the_recipe_names_who_encodes_text(folder: Path) -> None:
+    engines = [
+        Tokenizers.load(_recipe(folder, f"tokenizers.text.engine={e}")).text.engine for e in ("auto", "sentencepiece")
+    ]
+    assert engines[1] == "sentencepiece"
+    assert engines[0] in ("gigatoken", "sentencepiece")
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_a_lower_precision_without_a_gpu_is_refused_before_the_run(folder: Path, modality: str) -> None:
+    with pytest.raises(
+        RecipeError, match=rf"tokenizers\.{modality}\.dtype: float16 is for GPUs; set cluster\.gpus_per_worker"
+    ):
+        _recipe(folder, f"tokenizers.{modality}.dtype=float16")
+    assert _recipe(folder, f"tokenizers.{modality}.dtype=float16", "cluster.gpus_per_worker=0.5")
