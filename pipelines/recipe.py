@@ -31,7 +31,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, ser_json_inf_nan="constants")
 
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound=BaseModel)
 
 MOST_LEVELS = 50
 """Deeper recipes are refused: an anchor may name what it stands in."""
@@ -105,7 +105,7 @@ def read_recipe(kind: type[S], path: str | Path, overrides: Iterable[str] = ()) 
     """Read, override and validate a recipe.
 
     Args:
-        kind: the settings class that the recipe must fill.
+        kind: the settings class that the recipe must fill: a `Settings`, or a leaf's model that is as strict.
         path: a file, or the name of a shipped recipe.
         overrides: `a.b=value` each, the value in YAML; they win over the file.
 
@@ -143,7 +143,7 @@ def read_recipe(kind: type[S], path: str | Path, overrides: Iterable[str] = ()) 
     return settings
 
 
-def dump_recipe(settings: Settings) -> str:
+def dump_recipe(settings: BaseModel) -> str:
     """The resolved recipe as YAML: every value written out, readable by `read_recipe` and by any YAML 1.1."""
     values = settings.model_dump(mode="json")
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

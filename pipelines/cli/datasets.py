@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.cli.options import AsJson, DatasetArgument, DryRun, Overrides, Reasons, Recipe, Version, out
+from pipelines.cli.launching import on_cluster, require_local, say, say_queued, show_recipe
+from pipelines.cli.options import (
+    After,
+    AsJson,
+    Cluster,
+    DatasetArgument,
+    DryRun,
+    On,
+    Overrides,
+    Reasons,
+    Recipe,
+    Version,
+    out,
+)
 
 if TYPE_CHECKING:
     from pipelines.tokenize.planning import Request
@@ -27,14 +40,45 @@ def tokenize(
         bool, typer.Option("--retire-missing", help="Remove the rows of inputs that the sources no longer list.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Retire even more than half of a source.")] = False,
+    on: On = "local",
+    cluster: Cluster = "cluster/default",
+    after: After = None,
 ) -> None:
     """Turn raw text, pictures and sound into a token dataset.
 
-    Only what is new or changed since the last run is done, exactly once, wherever an earlier run was stopped.
+    Only what is new or changed since the last run is done, exactly once, wherever an earlier run was stopped. With --on slurm
+    it runs on a Ray cluster of its own inside one allocation.
     """
+    if on_cluster(on):
+        options = [*(["--retire-missing"] if retire_missing else []), *(["--force"] if force else [])]
+        _tokenize_on_cluster(recipe, overrides or [], options, cluster, after or [], dry_run=dry_run)
+        return
+    require_local(after=after)
     from pipelines.tokenize.planning import Request
 
     _tokenize(recipe, overrides, Request(retire_missing=retire_missing, force=force), dry_run=dry_run)
+
+
+def _tokenize_on_cluster(
+    recipe: str, overrides: list[str], options: list[str], cluster: str, after: list[str], *, dry_run: bool
+) -> None:
+    from pipelines import launch
+    from pipelines.recipe import read_recipe
+    from pipelines.tokenize.recipe import TokenizeRecipe
+
+    settings, others = launch.read_cluster(cluster, overrides)
+    resolved = read_recipe(TokenizeRecipe, recipe, others)
+    task = launch.tokenize_task(resolved, options)
+    if not dry_run:
+        say_queued(launch.launch([task], settings, after=after))
+        return
+    from pipelines.tokenize.estimate import estimate, render
+
+    show_recipe(resolved)
+    say(launch.show([task], settings))
+    workers = resolved.workers or settings.nodes * launch.tokenize_workers(resolved, settings)
+    render(estimate(resolved), out, workers)
+    say(f"One start uses at most {settings.gpu_hours:,.1f} GPU-hours: {settings.nodes} nodes for {settings.time}.")
 
 
 def _tokenize(recipe: str, overrides: list[str] | None, request: Request, *, dry_run: bool) -> None:

@@ -16,4 +16,15 @@ DatasetArgument = Annotated[str, typer.Argument(help="Folder or URI of a token d
 Version = Annotated[int | None, typer.Option(min=0, help="A pinned version; the newest by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+On = Annotated[
+    str,
+    typer.Option(
+        "--on", help="local, or slurm: submit a job to the cluster; its settings are given as slurm.KEY=VALUE."
+    ),
+]
+Cluster = Annotated[str, typer.Option("--cluster", help="With --on slurm: a cluster recipe, see docs/slurm.md.")]
+After = Annotated[
+    list[str] | None,
+    typer.Option("--after", help="With --on slurm: start when this job has ended well; may be repeated."),
+]
 Reasons = Annotated[list[str] | None, typer.Option("--reason", help="Only rejects for this reason; may be repeated.")]

@@ -7,17 +7,51 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.options import Overrides, Recipe, Version, out
+from pipelines.cli.launching import on_cluster, require_local, say, say_queued, show_recipe
+from pipelines.cli.options import After, Cluster, DryRun, On, Overrides, Recipe, Version, out
 
 app = typer.Typer()
 
 
 @app.command()
-def pretrain(recipe: Recipe, overrides: Overrides = None) -> None:
+def pretrain(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    on: On = "local",
+    cluster: Cluster = "cluster/default",
+    after: After = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="With --on slurm: KEY=VALUE,VALUE; one job for each, or for each combination."),
+    ] = None,
+    at_once: Annotated[int | None, typer.Option(min=1, help="Jobs of a sweep that may run at a time.")] = None,
+) -> None:
     """Train a model on a token dataset; the same command goes on after a stop, from the last checkpoint.
 
-    On several GPUs of one machine: torchrun --nproc-per-node N -m pipelines.cli pretrain RECIPE.
+    On several GPUs of one machine: torchrun --nproc-per-node N -m pipelines.cli pretrain RECIPE. On a cluster: --on slurm.
     """
+    if on_cluster(on):
+        from pipelines import launch
+
+        settings, others = launch.read_cluster(cluster, overrides or [])
+        recipes = launch.swept(recipe, others, sweep or [])
+        tasks = [launch.pretrain_task(each) for each in recipes]
+        if dry_run:
+            for each in recipes:
+                show_recipe(each)
+            say(launch.show(tasks, settings))
+            say(launch.pretrain_cost(recipes, settings))
+            return
+        say_queued(launch.launch(tasks, settings, after=after or [], at_once=at_once))
+        return
+    require_local(sweep=sweep, after=after)
+    if dry_run:
+        from pipelines.pretrain.recipe import PretrainRecipe
+        from pipelines.recipe import read_recipe
+
+        show_recipe(read_recipe(PretrainRecipe, recipe, overrides or []))
+        return
     from pipelines.pretrain import main as run
 
     result = run(recipe, overrides or [])

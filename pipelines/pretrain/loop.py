@@ -27,6 +27,7 @@ from pipelines.pretrain.checkpoint import (
 )
 from pipelines.pretrain.export import export_model
 from pipelines.pretrain.initialization import share_codebook_directions
+from pipelines.pretrain.interruption import Interruption, lost_ranks
 from pipelines.pretrain.metrics import Metrics
 from pipelines.pretrain.optimizer import make_optimizer, set_learning_rate
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer, build_model, join_ranks
@@ -54,7 +55,7 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
 
     Raises:
         RunError: the run folder is another run's or another process trains there, one of its files is damaged, or the
-            loss is no longer a number.
+            loss is no longer a number; an `InterruptedRunError`: the run was told to stop, and saved.
         DatasetError, LoadingError: the dataset cannot be opened, or not be trained on with this sequence length.
         CheckpointError: the newest checkpoint is damaged.
         VocabularyError: the checkpoint was trained on another vocabulary.
@@ -62,7 +63,7 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
     claim_folder(recipe)
     if finished := _finished(recipe):
         return finished
-    with join_ranks(recipe.device, recipe.threads) as ranks, hold_folder(Path(recipe.output), ranks):
+    with lost_ranks(), join_ranks(recipe.device, recipe.threads) as ranks, hold_folder(Path(recipe.output), ranks):
         # Again, because whoever held the folder until now may have pinned a version, or finished the run.
         recipe = claim_folder(recipe)
         if finished := _finished(recipe):
@@ -94,7 +95,7 @@ def _train(
     baseline = unigram_cross_entropy(dataset.statistics(), validator.counts, vocabulary) if validator.targets else None
     validation: CrossEntropy | None = None
     weights = recipe.loss_weights.model_dump()
-    with Metrics(
+    metrics = Metrics(
         folder,
         start=start,
         total_steps=total,
@@ -102,7 +103,8 @@ def _train(
         settings=recipe.logging,
         console=console,
         enabled=ranks.first,
-    ) as metrics:
+    )
+    with metrics, Interruption(ranks) as interruption:
         metrics.say(_opening(recipe, loader.index, model, start, ranks))
         if baseline and start == recipe.from_step:
             metrics.write("baseline", 0, {"loss": baseline.to_json()})
@@ -121,7 +123,8 @@ def _train(
                 with metrics.pause():
                     validation = validator.evaluate(model)
                 metrics.validation(step, validation, baseline)
-            if _due(step, recipe.checkpoints.every, total):
+            interrupted = interruption.agreed()
+            if interrupted or _due(step, recipe.checkpoints.every, total):
                 with metrics.pause():
                     state = Checkpoint(
                         step=step,
@@ -131,6 +134,8 @@ def _train(
                     )
                     save_checkpoint(folder / "checkpoints", state, model, optimizer, ranks)
                     prune_checkpoints(folder / "checkpoints", recipe.checkpoints.keep, ranks)
+            if interrupted and step < total:
+                interruption.stop(step)
     if validation is None and validator.targets:
         # The run was stopped between its last checkpoint and its end.
         validation = validator.evaluate(model)

@@ -6,6 +6,7 @@ RUN/checkpoints/       see `checkpoint`
 RUN/model/             the trained model, see `export`
 RUN/finished.json      written last
 RUN/stages/            of a run that goes on by stages, see `stages`
+RUN/jobs/              folders of cluster jobs that trained here
 RUN/.lock              locked by the process that trains here
 
 Always holds: of all processes on one machine or one file system with POSIX locks, one at a time writes to a run's folder.
@@ -34,6 +35,10 @@ _MAY_CHANGE = ("threads", "logging.", "data.prefetch", "checkpoints.", "validati
 
 _OF_A_STAGE = {"from_step", "steps", "tokens", "data.version", "schedule.warmup_steps", "schedule.decay_steps"}
 """What may differ between a stage and the one before it in the same folder."""
+
+JOBS = "jobs"
+_BEFORE_THE_RUN = {JOBS, "stages"}
+"""May be there before the run is."""
 
 
 class RunError(ValueError):
@@ -104,7 +109,7 @@ def claim_folder(recipe: PretrainRecipe) -> PretrainRecipe:
         raise RunError(f"{wrong}: a file, where `output` = {recipe.output} needs a folder; set `output` to another one")
     file = folder / "recipe.yaml"
     if not file.exists():
-        if folder.is_dir() and any(p for p in folder.iterdir() if p.name[0] != "." and p.name != "stages"):
+        if folder.is_dir() and any(p for p in folder.iterdir() if p.name[0] != "." and p.name not in _BEFORE_THE_RUN):
             raise RunError(f"{folder}: not empty, and no run of Braid; set `output` to a new folder")
         return recipe
     there = read_recipe(PretrainRecipe, file)
