@@ -74,17 +74,22 @@ def unfinished(run: Path) -> Stage | None:
     return stages[-1] if stages and stages[-1].to_step > steps_done(run) else None
 
 
-def claim_stage(run: Path, steps: int, version: int, asked_by: str) -> Stage:
+def claim_stage(run: Path, steps: int, version: int, asked_by: str, number: int | None = None) -> Stage:
     """The stage to train now: the unfinished one, or a new one of so many steps on a dataset version.
 
     Of several that ask at once, all get the same.
 
+    Args:
+        number: of the stage that is meant; one that was claimed before is returned, finished or not.
+
     Raises:
         StageError: the folder holds a run that was not trained by stages.
     """
+    stages = read_stages(run)
+    if number is not None and number <= len(stages):
+        return stages[number - 1]
     if open_stage := unfinished(run):
         return open_stage
-    stages = read_stages(run)
     begin = stages[-1].to_step if stages else 0
     if not stages and (steps_done(run) or (run / "recipe.yaml").exists()):
         raise StageError(f"{run}: a run that was not trained by stages lies here; set `output` to a new folder")

@@ -29,6 +29,8 @@ class Due:
 
     due: bool
     why: str
+    stage: int | None = None
+    """Of pretrain, the one to be trained: a step that has finished it, and is called again, begins no other."""
 
 
 @dataclass(kw_only=True)
@@ -83,7 +85,7 @@ def look_at_pretrain(recipe: PipelineRecipe, tokenize: TokenizeRecipe, *, all_of
     run = Path(step.output)
     stages = read_stages(run)
     if stages and stages[-1].to_step > steps_done(run):
-        return Due(due=True, why=f"stage {stages[-1].number} is not finished")
+        return Due(due=True, why=f"stage {stages[-1].number} is not finished", stage=stages[-1].number)
     if not Dataset.exists(tokenize.dataset):
         return Due(due=False, why="there is no dataset yet")
     dataset = Dataset.open(tokenize.dataset)
@@ -101,7 +103,7 @@ def look_at_pretrain(recipe: PipelineRecipe, tokenize: TokenizeRecipe, *, all_of
         else tokens >= step.new_tokens or (step.new_documents is not None and documents >= step.new_documents)
     )
     if documents and (enough or all_of_it):
-        return Due(due=True, why=what)
+        return Due(due=True, why=what, stage=len(stages) + 1)
     wanted = [f"{name} = {n:,}" for name in ("new_documents", "new_tokens") if (n := getattr(step, name))]
     return Due(due=False, why=f"{what}, fewer than {' or '.join(wanted) or 'one'}" if documents else what)
 

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from pipelines.crash import crash_point
 from pipelines.recurring.lease import Lease
-from pipelines.recurring.recipe import Retries
+from pipelines.recurring.recipe import PipelineRecipe, Retries
 from pipelines.recurring.state import ENDED_WELL, Plan, Result, State, now, seconds_since
 
 _POLL_S = 0.05
@@ -45,7 +45,24 @@ class Executor(Protocol):
         """
 
     def under_way(self, state: State, plan: Plan) -> str:
-        """What of a run is still going on, in words; "" if nothing is. Asked by who holds the lease."""
+        """What of a run is still going on, in words; "" if nothing is. Asked by who holds the lease.
+
+        Where nothing is, results are added for steps that have left none and of which somebody else knows how they ended.
+        """
+
+
+def executor_of(recipe: PipelineRecipe) -> Executor:
+    """Who starts the steps of a pipeline."""
+    return executor_named("slurm" if recipe.slurm else "local", recipe)
+
+
+def executor_named(name: str, recipe: PipelineRecipe) -> Executor:
+    """Who started the steps of a run, by the name in its plan."""
+    if name == "local":
+        return Local()
+    from pipelines.recurring.cluster import OnSlurm
+
+    return OnSlurm(recipe.slurm)
 
 
 class Local:

@@ -123,6 +123,29 @@ class LeaseSettings(Settings):
     """A holder stops after so long, whatever it does, so that a run that hangs cannot keep the others out for ever."""
 
 
+class Place(Settings):
+    """Where a step's job runs."""
+
+    cluster: str = Field(min_length=1)
+    """A cluster recipe: a file, or a shipped one such as `cluster/default`."""
+    overrides: list[str] = Field(default=[])
+
+
+class SlurmSettings(Settings):
+    """Steps as SLURM jobs, each of which waits for the one before it."""
+
+    tokenize: Place
+    """On a Ray cluster of its own, over all nodes of the job."""
+    pretrain: Place | None = None
+    others: Place
+    """Evaluate, export and clean: small things on one node."""
+
+    def place(self, step: str) -> Place:
+        found = {"tokenize": self.tokenize, "pretrain": self.pretrain}.get(step, self.others)
+        assert found
+        return found
+
+
 class PipelineRecipe(Settings):
     """Everything that decides what a pipeline does."""
 
@@ -136,6 +159,8 @@ class PipelineRecipe(Settings):
     alerts: list[Alert] = Field(default=[])
     retries: Retries = Retries()
     lease: LeaseSettings = LeaseSettings()
+    slurm: SlurmSettings | None = None
+    """null runs the steps where the tick runs."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -146,6 +171,8 @@ class PipelineRecipe(Settings):
             )
         if (self.evaluate or self.export) and not self.pretrain:
             raise ValueError("evaluate and export work on what pretrain trains; add pretrain, or leave them out")
+        if self.slurm and self.pretrain and not self.slurm.pretrain:
+            raise ValueError("slurm.pretrain is missing; say where the pretrain step's job runs")
         return self
 
     @property

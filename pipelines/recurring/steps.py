@@ -73,16 +73,18 @@ class Work:
         return Path(self.recipe.pretrain.output)
 
 
-def do_step(name: str, plan: Plan) -> Done:
-    """Do one step of a run, unless it turns out not to be due."""
-    work = Work.of(plan)
+def is_due(name: str, work: Work) -> Due:
+    """Whether a step is due, now that its turn has come."""
     look = _LOOKS.get(name)
-    if look and not (due := look(work)).due:
-        return Done(outcome="skipped", why=due.why)
-    return _STEPS[name](work)
+    return look(work) if look else Due(due=True, why="")
 
 
-def _tokenize(work: Work) -> Done:
+def do_step(name: str, work: Work, due: Due) -> Done:
+    """Do one step of a run, which is due."""
+    return _STEPS[name](work, due)
+
+
+def _tokenize(work: Work, due: Due) -> Done:
     from rich.console import Console
 
     from pipelines.tokenize.job import tokenize
@@ -100,7 +102,7 @@ def _tokenize(work: Work) -> Done:
     )
 
 
-def _pretrain(work: Work) -> Done:
+def _pretrain(work: Work, due: Due) -> Done:
     from rich.console import Console
 
     from pipelines.pretrain.loop import run
@@ -109,7 +111,7 @@ def _pretrain(work: Work) -> Done:
     recipe = PretrainRecipe.model_validate_json(json.dumps(work.plan.pretrain), strict=True)
     dataset = Dataset.open(work.tokenize.dataset)
     asked_by = f"run {work.plan.number} of {work.plan.pipeline}"
-    stage = claim_stage(work.run, recipe.total_steps, dataset.version, asked_by)
+    stage = claim_stage(work.run, recipe.total_steps, dataset.version, asked_by, due.stage)
     crash_point("stage_claimed")
     result = run(stage_recipe(recipe, stage), Console())
     crash_point("stage_trained")
@@ -130,7 +132,7 @@ def _pretrain(work: Work) -> Done:
     )
 
 
-def _evaluate(work: Work) -> Done:
+def _evaluate(work: Work, due: Due) -> Done:
     from pipelines.pretrain.run import read_finished
 
     number = finished_stage(work.run)
@@ -177,7 +179,7 @@ def _last_accepted(run: Path, number: int) -> dict[str, float]:
     return {}
 
 
-def _export(work: Work) -> Done:
+def _export(work: Work, due: Due) -> Done:
     assert work.recipe.export
     folder = Path(work.recipe.export.to)
     number = finished_stage(work.run)
@@ -186,13 +188,14 @@ def _export(work: Work) -> Done:
     folder.mkdir(parents=True, exist_ok=True)
     for rest in folder.glob(".stage-*"):
         shutil.rmtree(rest, ignore_errors=True)
-    _copy_model(work.run / "model", partial := folder / f".{final.name}.{uuid.uuid4().hex[:8]}", stage.to_step)
-    (partial / "stage.json").write_text(json.dumps(asdict(stage), indent=1))
-    if (evaluation := evaluation_file(work.run, number)).exists():
-        shutil.copyfile(evaluation, partial / "evaluation.json")
-    crash_point("export_copied")
-    partial.rename(final)
-    crash_point("exported")
+    if not final.exists():
+        _copy_model(work.run / "model", partial := folder / f".{final.name}.{uuid.uuid4().hex[:8]}", stage.to_step)
+        (partial / "stage.json").write_text(json.dumps(asdict(stage), indent=1))
+        if (evaluation := evaluation_file(work.run, number)).exists():
+            shutil.copyfile(evaluation, partial / "evaluation.json")
+        crash_point("export_copied")
+        partial.rename(final)
+        crash_point("exported")
     link = folder / f".latest.{uuid.uuid4().hex[:8]}"
     link.symlink_to(final.name)
     link.replace(folder / "latest")
@@ -218,7 +221,7 @@ def _copy_model(source: Path, target: Path, step: int) -> None:
             raise StepError(f"{target / name}: the copy differs from what was trained; look at the disk of {source}")
 
 
-def _clean(work: Work) -> Done:
+def _clean(work: Work, due: Due) -> Done:
     from pipelines.shards.vacuum import vacuum
 
     retention = work.recipe.retention
@@ -247,7 +250,7 @@ _LOOKS: dict[str, Callable[[Work], Due]] = {
 }
 """Tokenize finds out by itself, and cleaning is always due."""
 
-_STEPS: dict[str, Callable[[Work], Done]] = {
+_STEPS: dict[str, Callable[[Work, Due], Done]] = {
     "tokenize": _tokenize,
     "pretrain": _pretrain,
     "evaluate": _evaluate,

@@ -28,7 +28,7 @@ from pipelines.recurring.due import (
     look_at_inputs,
     look_at_pretrain,
 )
-from pipelines.recurring.executor import Executor, Local
+from pipelines.recurring.executor import Executor, executor_named, executor_of
 from pipelines.recurring.lease import HeldError, Lease
 from pipelines.recurring.memory import Memory
 from pipelines.recurring.recipe import Event, PipelineRecipe, pretrain_recipe, tokenize_recipe
@@ -74,7 +74,7 @@ def tick(name: str, recipe: PipelineRecipe, trigger: str = "tick", executor: Exe
     except HeldError as error:
         return _said(state, Ticked(said=f"nothing done: {error}", held=True))
     with lease, _stop_by_signal():
-        ticked = _Reconcile(name, recipe, tokenize, state, lease, executor or Local()).tick(trigger)
+        ticked = _Reconcile(name, recipe, tokenize, state, lease, executor or executor_of(recipe)).tick(trigger)
     return _said(state, ticked)
 
 
@@ -132,7 +132,9 @@ class _Reconcile:
             unrecorded.append(number)
         for number in reversed(unrecorded):
             plan = self.state.plan(number)
-            if going_on := self.executor.under_way(self.state, plan):
+            same = plan.executor == self.executor.name
+            executor = self.executor if same else executor_named(plan.executor, self.recipe)
+            if going_on := executor.under_way(self.state, plan):
                 return f"run {number} is under way: {going_on}"
             self._conclude(plan, self._memory())
         return ""

@@ -1,0 +1,83 @@
+"""A recurring pipeline whose steps are SLURM jobs, chained by dependencies, on the real test cluster."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.pretrain.stages import read_stages
+from pipelines.recurring.tick import Ticked, tick
+from tests.pipelines.nightly import Nightly
+from tests.slurm.cluster import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def nightly(tmp_path: Path, cluster: Cluster) -> Nightly:
+    common = {"partition": "main", "time": "10", "assume_shared": True, "cpus_per_task": 2, "signal_before_s": 60}
+    (tmp_path / "node.yaml").write_text(yaml.safe_dump(common))
+    place: dict[str, Any] = {"cluster": str(tmp_path / "node.yaml")}
+    two = place | {"overrides": ["nodes=2", "tasks_per_node=1", "cpus_per_task=1"]}
+    return Nightly(tmp_path, slurm={"tokenize": place, "pretrain": two, "others": place})
+
+
+def _until_over(nightly: Nightly, timeout_s: float = 300.0) -> Ticked:
+    """Tick as a scheduler does, until a run was recorded."""
+    deadline = time.monotonic() + timeout_s
+    number, said = nightly.state.numbers()[-1], Ticked(said="")
+    while nightly.state.record(number) is None:
+        assert time.monotonic() < deadline, said
+        time.sleep(1.0)
+        said = tick("nightly", nightly.recipe)
+    return said
+
+
+def test_steps_are_queued_once_and_follow_one_another(nightly: Nightly) -> None:
+    said = tick("nightly", nightly.recipe).said
+    assert "run 1: tokenize is job" in said
+    queue = subprocess.run(["squeue", "-h", "-o", "%j %E"], capture_output=True, text=True, check=True).stdout
+    assert queue.count("braid-nightly-") == 5
+    assert queue.count("afterok:") == 4
+    assert "run 1 is under way: tokenize is job" in tick("nightly", nightly.recipe).said
+    ticked = _until_over(nightly)
+    record = nightly.state.record(1)
+    assert record
+    assert (record.outcome, record.documents, record.executor) == ("done", 10, "slurm"), record
+    assert [(r.step, r.outcome) for r in record.steps] == [
+        (step, "done") for step in ("tokenize", "pretrain", "evaluate", "export", "clean")
+    ]
+    assert "nothing to do" in ticked.said
+    assert (nightly.folder / "models/latest/model.safetensors").exists()
+    assert len(read_stages(nightly.folder / "run")) == 1
+
+
+def test_a_step_that_fails_cancels_what_waits_for_it_and_the_next_tick_says_why(nightly: Nightly) -> None:
+    model = nightly.folder / "text.model"
+    model.rename(nightly.folder / "away")
+    tick("nightly", nightly.recipe)
+    _until_over(nightly)
+    record = nightly.state.record(1)
+    assert record
+    assert record.outcome == "failed"
+    assert "tokenize: no text tokenizer" in record.why
+    # The tick that recorded it has tried again, and the tokenizer is still away.
+    (nightly.folder / "away").rename(model)
+    _until_over(nightly)
+
+
+def test_a_cluster_recipe_that_slurm_refuses_is_a_failure_that_is_recorded(nightly: Nightly) -> None:
+    text = nightly.file.read_text().replace("tasks_per_node=1", "partition=nowhere")
+    nightly.file.write_text(text.replace("node.yaml\n", "node.yaml\n", 1))
+    (nightly.folder / "node.yaml").write_text("partition: nowhere\ntime: 10\n")
+    ticked = tick("nightly", nightly.recipe)
+    assert ticked.record
+    assert ticked.record.outcome == "failed"
+    assert "partition = nowhere" in ticked.record.why
+    queue = subprocess.run(["squeue", "-h", "-t", "pending,running"], capture_output=True, text=True, check=True).stdout
+    assert queue == ""
