@@ -12,6 +12,7 @@ import subprocess
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipelines.recurring.recipe import Alert, Event
 
@@ -32,7 +33,8 @@ def send_alerts(
         if event := next((e for e in events if e in alert.on), None):
             body = json.dumps({"text": text, "pipeline": pipeline, "event": event, "record": record}).encode()
             error = _post(alert, body) if alert.webhook else _call(alert, body, pipeline, event, text)
-            to = alert.webhook or (alert.command or [""])[0]
+            # The rest of a webhook's address is what lets one write there: it is kept out of records and pages.
+            to = urlsplit(alert.webhook).netloc if alert.webhook else (alert.command or [""])[0]
             sent.append({"to": to, "event": event, "error": error})
     return sent
 

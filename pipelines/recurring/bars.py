@@ -13,7 +13,6 @@ from pipelines.report.markup import Markup, tag
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 38
 _MOST_LABELS = 8
-_CELL, _GAP, _PER_ROW = 26, 4, 40
 
 
 def stacked_bars(
@@ -55,24 +54,6 @@ def stacked_bars(
     return _svg(key, title, description, drawn, (WIDTH, HEIGHT), "chart")
 
 
-def strip(key: str, title: str, description: str, cells: Sequence[tuple[str, str, str]]) -> Markup:
-    """A square a run, rows of 40, the newest last.
-
-    Args:
-        cells: class, sign in the square, and what is said of it.
-    """
-    drawn = []
-    for index, (style, sign, said) in enumerate(cells):
-        x, y = index % _PER_ROW * (_CELL + _GAP), index // _PER_ROW * (_CELL + _GAP)
-        square = tag("rect", x=x, y=y, width=_CELL, height=_CELL, rx=5)
-        letter = tag("text", sign, x=x + _CELL / 2, y=y + _CELL / 2 + 5, class_="middle")
-        drawn.append(tag("g", tag("title", said), square, letter, class_=f"run {style}"))
-    rows = -(-len(cells) // _PER_ROW)
-    columns = min(len(cells), _PER_ROW)
-    size = (columns * (_CELL + _GAP) - _GAP, rows * (_CELL + _GAP) - _GAP)
-    return _svg(key, title, description, drawn, size, "strip")
-
-
 def _svg(key: str, title: str, description: str, parts: Sequence[Markup], size: tuple[int, int], style: str) -> Markup:
     return tag(
         "svg",
@@ -80,7 +61,6 @@ def _svg(key: str, title: str, description: str, parts: Sequence[Markup], size: 
         tag("desc", description, id=f"{key}-desc"),
         *parts,
         viewBox=f"0 0 {size[0]} {size[1]}",
-        width=size[0] if style == "strip" else None,
         role="img",
         aria_labelledby=f"{key}-title",
         aria_describedby=f"{key}-desc",

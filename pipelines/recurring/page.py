@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from pipelines.recurring.bars import stacked_bars, strip
+from pipelines.recurring.bars import stacked_bars
 from pipelines.recurring.entries import Installed
 from pipelines.recurring.history import MODALITIES, losses, took
 from pipelines.recurring.memory import Memory
@@ -86,14 +86,14 @@ def _overview(records: Sequence[Record], state: State) -> Markup:
         (f"{newest.trained_to:,}", "steps trained"),
     ]
     cells = [
-        (
-            r.outcome,
+        tag(
+            "li",
             _SIGNS[r.outcome],
-            f"run {r.number}, {r.begun[:16].replace('T', ' ')} UTC: {_MEANINGS[r.outcome]}. {r.why}",
+            class_=r.outcome,
+            title=f"run {r.number}, {_moment(r.begun)} UTC: {r.outcome}. {r.why}",
         )
         for r in reversed(records[:SHOWN])
     ]
-    said = ", ".join(f"{count} {_MEANINGS[name]}" for name, count in counted.items())
     legend = [
         tag("li", tag("span", sign, class_=f"sign {name}"), f"{_MEANINGS[name]}: {counted[name]}")
         for name, sign in _SIGNS.items()
@@ -103,7 +103,7 @@ def _overview(records: Sequence[Record], state: State) -> Markup:
         "section",
         tag("h2", "Overview", id="overview"),
         tag("dl", *(tag("div", tag("dd", v), tag("dt", n)) for v, n in figures), class_="figures"),
-        tag("div", strip("strip", "The last runs, the newest at the end", said, cells), class_="scroll"),
+        tag("ol", *cells, class_="strip", aria_label="The last runs, the newest at the end"),
         tag("ul", *legend, class_="legend"),
         aria_labelledby="overview",
     )
@@ -181,14 +181,14 @@ def _failures(records: Sequence[Record]) -> Markup:
     for record in records:
         if record.outcome in ("failed", "refused", "lost"):
             attempts = Counter(r.step for r in record.steps if r.outcome == "failed")
-            tried = ", ".join(f"{count} of {step}" for step, count in attempts.items())
+            tried = ", ".join(f"{step}, {_times(count, 'attempt')}" for step, count in attempts.items())
             told = ", ".join(f"{a['event']} to {a['to']}{' (failed)' if a['error'] else ''}" for a in record.alerts)
             why = tag("span", record.why, class_="wrap")
             cells = (_start(_moment(record.begun)), why, _start(tried), _start(told))
             rows.append((f"run {record.number}", _outcome(record), *cells))
     memory = Memory.of(records[0].memory)
-    open_counts = [f"{step} failed in the last {n} runs" for step, n in memory.failed.items()]
-    open_counts += [f"unit {unit} failed in {n} runs" for unit, n in memory.units.items()]
+    open_counts = [f"{step} has failed in {_times(n, 'run')} in a row" for step, n in memory.failed.items()]
+    open_counts += [f"unit {unit} has failed in {_times(n, 'run')}" for unit, n in memory.units.items()]
     note = "; ".join(open_counts) or "Nothing is failing at present."
     return tag(
         "section",
@@ -248,6 +248,10 @@ def _runs(records: Sequence[Record]) -> Markup:
 def _moment(time: str) -> str:
     """To the minute."""
     return time[:16].replace("T", " ")
+
+
+def _times(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' if count != 1 else ''}"
 
 
 def _start(text: str) -> Markup:

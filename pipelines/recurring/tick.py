@@ -183,7 +183,7 @@ class _Reconcile:
             without=found.set_aside,
             version=before.version if before else self._version(),
             trained_to=before.trained_to if before else self._trained_to(),
-            recipe=self.recipe.model_dump(mode="json"),
+            recipe=self.recipe.model_dump(mode="json", exclude={"alerts"}),
             tokenize=self.tokenize.model_dump(mode="json"),
             pretrain=pretrain.model_dump(mode="json") if pretrain else None,
             folder=str(Path.cwd()),

@@ -338,6 +338,8 @@ def test_alerts_tell_of_failure_giving_up_and_recovery(tmp_path: Path) -> None:
     assert first
     assert [bool(alert["error"]) for alert in first.alerts] == [False, False, True]
     assert "/no/such/program" in first.alerts[2]["error"]
+    # What lets one write to the webhook stands in no file of the state folder.
+    assert not [p for p in (tmp_path / "state").rglob("*.json") if "/hook" in p.read_text()]
 
 
 def test_a_learning_rate_that_follows_the_length_of_the_run_is_refused_before_any_work(tmp_path: Path) -> None:
