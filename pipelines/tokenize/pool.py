@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -34,16 +34,19 @@ RETRY_AFTER_S = 1.0
 """Wait before a unit that failed is tried again; twice as long each further time."""
 
 
-MOST_FAILED = 3
-"""When so many units have failed and none was finished, it is not the units."""
+MOST_AWAY, MOST_DIED = 3, 10
+"""When so many units in a row have failed because a store was away, or because their workers died, it is not the units."""
 
 
 class UnitsFailedError(JobError):
-    """Some units failed as often as the recipe allows; all others are done."""
+    """Some units failed as often as the recipe allows; the message says which, and why."""
 
-    def __init__(self, reasons: Mapping[str, str]) -> None:
-        super().__init__("\n".join(reasons.values()))
-        self.units = sorted(reasons)
+    def __init__(self, message: str, units: Iterable[str]) -> None:
+        """Args:
+        units: those that are to blame themselves, all others being done.
+        """
+        super().__init__(message)
+        self.units = sorted(units)
 
 
 @dataclass(eq=False)
@@ -69,9 +72,12 @@ class Pool:
         self._tries: Counter[str] = Counter()
         self._delayed: list[tuple[float, WorkUnit]] = []
         """Units to be tried again from a time on."""
-        self._failed: dict[str, str] = {}
-        """Units that are not tried again, and why."""
-        self._finished = 0
+        self._failed: list[str] = []
+        """Of units that are not tried again, why."""
+        self._to_blame: set[str] = set()
+        """Of these, the units that killed their workers while others did not."""
+        self._in_a_row: Counter[str] = Counter()
+        """Of these, by kind, those since the last unit that was finished."""
         self.ready_s = 0.0
         """From the start to the first worker that was ready."""
 
@@ -119,7 +125,7 @@ class Pool:
 
         Raises:
             UnitsFailedError: units failed as often as the recipe allows; at the end, so that none of them holds up others.
-            JobError: a store refuses, or nothing but failures came.
+            JobError: a store refuses.
         """
         waiting = deque(units)
         while waiting or self._delayed or any(actor.running for actor in self._actors):
@@ -132,12 +138,13 @@ class Pool:
                 yield None
             for reference in done:
                 if reference in self._pending and (finished := self._received(reference, waiting)):
-                    self._finished += 1
+                    self._in_a_row.clear()
                     yield finished
-            if len(self._failed) >= MOST_FAILED and not self._finished:
+            if self._in_a_row["away"] >= MOST_AWAY or self._in_a_row["died"] >= MOST_DIED:
+                self._to_blame.clear()
                 break
         if self._failed:
-            raise UnitsFailedError(self._failed)
+            raise UnitsFailedError("\n".join(self._failed), self._to_blame)
 
     def _received(self, reference: Any, waiting: deque[WorkUnit]) -> tuple[WorkUnit, WrittenShard] | None:
         actor, unit = self._pending[reference]
@@ -152,7 +159,7 @@ class Pool:
             self._await_start(actor)
             waiting.extendleft(u for u in reversed(lost[1:]) if u)
             assert lost[0]
-            self._again(lost[0], "its worker died without a Python error (out of memory, or killed)")
+            self._again(lost[0], "died", "its worker died without a Python error (out of memory, or killed)")
             return None
         except RayTaskError as error:
             if isinstance(error.cause, DiskFullError | StoreError):
@@ -160,7 +167,7 @@ class Pool:
             if unit is None or not isinstance(error.cause, TransientError):
                 raise
             self._forget(reference)
-            self._again(unit, str(error.cause))
+            self._again(unit, "away", str(error.cause))
             return None
         self._forget(reference)
         if unit is None:
@@ -198,11 +205,14 @@ class Pool:
             self._actors.remove(actor)
             self._pending = {r: owed for r, owed in self._pending.items() if owed[0] is not actor}
 
-    def _again(self, unit: WorkUnit, why: str) -> None:
+    def _again(self, unit: WorkUnit, kind: str, why: str) -> None:
         self._tries[unit.id] += 1
         if self._tries[unit.id] >= self._recipe.units.tries:
             first, last = unit.slices[0], unit.slices[-1]
-            self._failed[unit.id] = (
+            self._in_a_row[kind] += 1
+            if kind == "died":
+                self._to_blame.add(unit.id)
+            self._failed.append(
                 f"unit {unit.id} failed {self._tries[unit.id]} times, last because {why}: {len(unit.slices)} inputs of "
                 f"source {unit.source}, from {first.input.uri} to {last.input.uri}. Lower units.bytes or workers, or look "
                 "at these inputs; what is done stays committed."
