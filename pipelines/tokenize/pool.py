@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from pipelines.corpus.errors import StoreError, TransientError
 from pipelines.shards.storage import DiskFullError
@@ -33,6 +33,9 @@ IN_FLIGHT = 2
 RETRY_AFTER_S = 1.0
 """Wait before a unit that failed is tried again; twice as long each further time."""
 
+
+_RESTART_POLL_S = 0.1
+"""Wait before a worker that is being restarted is asked again."""
 
 MOST_AWAY, MOST_DIED = 3, 10
 """When so many units in a row have failed because a store was away, or because their workers died, it is not the units."""

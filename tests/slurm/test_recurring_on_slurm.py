@@ -24,7 +24,18 @@ def nightly(tmp_path: Path, cluster: Cluster) -> Nightly:
     (tmp_path / "node.yaml").write_text(yaml.safe_dump(common))
     place: dict[str, Any] = {"cluster": str(tmp_path / "node.yaml")}
     two = place | {"overrides": ["nodes=2", "tasks_per_node=1", "cpus_per_task=1"]}
-    return Nightly(tmp_path, slurm={"tokenize": place, "pretrain": two, "others": place})
+    made = Nightly(tmp_path, slurm={"tokenize": place, "pretrain": two, "others": place})
+    recipe = yaml.safe_load(made.file.read_text())
+    recipe["pretrain"]["overrides"] = ["batch.sequences=4"]
+    made.file.write_text(yaml.safe_dump(recipe))
+    return made
+
+
+def _queue(nightly: Nightly) -> list[str]:
+    """Names and dependencies of a pipeline's jobs."""
+    command = ["squeue", "-h", "-t", "pending,running", "-o", "%Z %j %E"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in lines if line.startswith(str(nightly.folder))]
 
 
 def _until_over(nightly: Nightly, timeout_s: float = 300.0) -> Ticked:
@@ -41,9 +52,9 @@ def _until_over(nightly: Nightly, timeout_s: float = 300.0) -> Ticked:
 def test_steps_are_queued_once_and_follow_one_another(nightly: Nightly) -> None:
     said = tick("nightly", nightly.recipe).said
     assert "run 1: tokenize is job" in said
-    queue = subprocess.run(["squeue", "-h", "-o", "%j %E"], capture_output=True, text=True, check=True).stdout
-    assert queue.count("braid-nightly-") == 5
-    assert queue.count("afterok:") == 4
+    queue = _queue(nightly)
+    assert len(queue) == 5
+    assert sum("afterok:" in line for line in queue) == 4
     assert "run 1 is under way: tokenize is job" in tick("nightly", nightly.recipe).said
     ticked = _until_over(nightly)
     record = nightly.state.record(1)
@@ -72,12 +83,9 @@ def test_a_step_that_fails_cancels_what_waits_for_it_and_the_next_tick_says_why(
 
 
 def test_a_cluster_recipe_that_slurm_refuses_is_a_failure_that_is_recorded(nightly: Nightly) -> None:
-    text = nightly.file.read_text().replace("tasks_per_node=1", "partition=nowhere")
-    nightly.file.write_text(text.replace("node.yaml\n", "node.yaml\n", 1))
     (nightly.folder / "node.yaml").write_text("partition: nowhere\ntime: 10\n")
     ticked = tick("nightly", nightly.recipe)
     assert ticked.record
     assert ticked.record.outcome == "failed"
     assert "partition = nowhere" in ticked.record.why
-    queue = subprocess.run(["squeue", "-h", "-t", "pending,running"], capture_output=True, text=True, check=True).stdout
-    assert queue == ""
+    assert _queue(nightly) == []
