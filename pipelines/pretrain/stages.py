@@ -63,9 +63,16 @@ def read_stages(run: Path) -> list[Stage]:
 
 
 def steps_done(run: Path) -> int:
-    """Steps of all finished stages; what an unfinished one has done does not count."""
+    """Steps of all finished stages; what an unfinished one has done does not count.
+
+    Raises:
+        StageError: the file that says so is damaged.
+    """
     file = run / "finished.json"
-    return int(json.loads(file.read_bytes())["steps"]) if file.exists() else 0
+    try:
+        return int(json.loads(file.read_bytes())["steps"]) if file.exists() else 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise StageError(f"{file} is damaged; delete it, and the last stage ends anew from its checkpoint") from error
 
 
 def unfinished(run: Path) -> Stage | None:

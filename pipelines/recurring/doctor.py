@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.exclusive import create_exclusively
+from pipelines.recipe import RecipeError, read_recipe
 from pipelines.recurring.entries import Installed, InstallError, keeper
 from pipelines.recurring.lease import heartbeat_age_s, read_holder
 from pipelines.recurring.memory import Memory
@@ -47,6 +48,7 @@ def examine(name: str, recipe: PipelineRecipe) -> Iterator[Finding]:
     yield from _entry(name, state)
     yield from _lease(state, recipe)
     yield from _alerts(recipe)
+    yield from _cluster(state, recipe)
     if paused := state.paused:
         yield Finding("note", f"paused by {paused['by']} at {paused['at']}; `braid pipeline resume {name}` ends that")
     if newest := next(state.records(), None):
@@ -174,3 +176,21 @@ def _alerts(recipe: PipelineRecipe) -> Iterator[Finding]:
             yield Finding("fault", f"alerts: {alert.command[0]}: no such program; name it by its whole path")
     if not recipe.alerts:
         yield Finding("note", "no alerts: nobody is told of a failure; see `alerts` in docs/recurring.md")
+
+
+def _cluster(state: State, recipe: PipelineRecipe) -> Iterator[Finding]:
+    if not recipe.slurm:
+        return
+    # Here, because most pipelines need nothing of SLURM.
+    from slurm.checks import SubmissionError, check
+    from slurm.commands import SlurmError
+    from slurm.settings import ClusterRecipe
+
+    for step in recipe.steps:
+        place = recipe.slurm.place(step)
+        try:
+            check(read_recipe(ClusterRecipe, place.cluster, place.overrides), state.folder)
+        except (SubmissionError, SlurmError, RecipeError) as error:
+            yield Finding("fault", f"{step} on SLURM: {error}")
+        else:
+            yield Finding("ok", f"{step} can be submitted")

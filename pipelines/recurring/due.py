@@ -17,10 +17,14 @@ from pipelines.recurring.recipe import PipelineRecipe
 from pipelines.shards.dataset import Dataset
 from pipelines.shards.log import changes
 from pipelines.shards.reader import read_footer
+from pipelines.shards.rollup import statistics_of
 from pipelines.shards.statistics import Statistics
 from pipelines.tokenize.budget import JobError, require_budget
 from pipelines.tokenize.planning import Listing, Request, plan_for
 from pipelines.tokenize.recipe import TokenizeRecipe
+
+LATEST = "latest"
+"""Link to the newest exported model: the last thing that an export does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +132,12 @@ def look_at_export(recipe: PipelineRecipe) -> Due:
     number = finished_stage(run)
     if not number:
         return Due(due=False, why="no stage is finished")
-    if exported(Path(recipe.export.to), number).exists():
+    latest = Path(recipe.export.to) / LATEST
+    if (
+        exported(latest.parent, number).exists()
+        and latest.is_symlink()
+        and latest.readlink().name == exported(latest, number).name
+    ):
         return Due(due=False, why=f"stage {number} was exported")
     if recipe.evaluate:
         file = evaluation_file(run, number)
@@ -141,13 +150,18 @@ def look_at_export(recipe: PipelineRecipe) -> Due:
 
 def added(dataset: Dataset, since: int, *, tokens: bool) -> tuple[int, int]:
     """Documents, and tokens if asked for, that have come to a dataset after a version; those of changed inputs count."""
-    files = (
-        changes(dataset.storage.below("shards"), since + 1, dataset.version).added if dataset.version > since else {}
-    )
-    counted = 0
-    for name in files if tokens else ():
-        counted += Statistics.from_json(json.loads(read_footer(dataset.storage, name)["statistics"])).tokens()
-    return sum(file.rows for file in files.values()), counted
+    if dataset.version <= since:
+        return 0, 0
+    changed = changes(dataset.storage.below("shards"), since + 1, dataset.version)
+    documents = sum(file.rows for file in changed.added.values())
+    if not tokens:
+        return documents, 0
+    if not changed.removed:
+        # The roll-ups know, and no shard is opened.
+        before = statistics_of(dataset.storage, dataset.vocabulary, since)
+        return documents, dataset.statistics().tokens() - before.tokens()
+    footers = (read_footer(dataset.storage, name)["statistics"] for name in changed.added)
+    return documents, sum(Statistics.from_json(json.loads(footer)).tokens() for footer in footers)
 
 
 def finished_stage(run: Path) -> int:

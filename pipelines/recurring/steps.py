@@ -19,6 +19,7 @@ from pipelines.crash import crash_point
 from pipelines.exclusive import create_exclusively
 from pipelines.pretrain.stages import claim_stage, read_stages, stage_recipe
 from pipelines.recurring.due import (
+    LATEST,
     Due,
     evaluation_file,
     exported,
@@ -196,9 +197,9 @@ def _export(work: Work, due: Due) -> Done:
         crash_point("export_copied")
         partial.rename(final)
         crash_point("exported")
-    link = folder / f".latest.{uuid.uuid4().hex[:8]}"
+    link = folder / f".{LATEST}.{uuid.uuid4().hex[:8]}"
     link.symlink_to(final.name)
-    link.replace(folder / "latest")
+    link.replace(folder / LATEST)
     models = sorted(p for p in folder.glob("stage-*") if p.is_dir())
     for old in models[: -work.recipe.retention.models]:
         shutil.rmtree(old)

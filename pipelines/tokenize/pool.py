@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from pipelines.corpus.errors import StoreError, TransientError
 from pipelines.shards.storage import DiskFullError

@@ -17,7 +17,7 @@ import pytest
 
 from pipelines.pretrain.stages import claim_stage
 from pipelines.recipe import RecipeError, read_recipe
-from pipelines.recurring.due import look_at_export, look_at_inputs, look_at_pretrain
+from pipelines.recurring.due import added, look_at_export, look_at_inputs, look_at_pretrain
 from pipelines.recurring.lease import Lease
 from pipelines.recurring.recipe import PipelineRecipe, Retries, pipeline_path, pretrain_recipe, tokenize_recipe
 from pipelines.recurring.state import Outcome, Plan, Result, State
@@ -130,6 +130,14 @@ def test_a_stage_is_due_when_enough_has_come_since_the_last_one(tmp_path: Path) 
     nightly.write("new", "the fox")
     run_units(tokenize)
     assert look() == (True, "1 new documents in version 2 since stage 1")
+    # Of a changed input all documents of its unit are new; that the old ones have gone does not count against them.
+    nightly.write("t0", "a changed text, and a longer one")
+    dataset = run_units(tokenize)
+    assert look() == (True, "4 new documents in version 3 since stage 1")
+    documents, tokens = added(dataset, 1, tokens=True)
+    assert (documents, added(dataset, 0, tokens=True)) == (4, (11, dataset.statistics().tokens()))
+    assert added(dataset, 3, tokens=True) == (0, 0)
+    assert 0 < tokens < dataset.statistics().tokens()
 
 
 def test_nothing_is_trained_on_a_dataset_over_its_error_budget(tmp_path: Path) -> None:
@@ -153,6 +161,11 @@ def test_a_refused_stage_is_not_exported(tmp_path: Path) -> None:
     assert look_at_export(nightly.recipe).why == "stage 1 was refused: text 9 over at_most = 5"
     file.write_text(json.dumps({"refused": ""}))
     assert look_at_export(nightly.recipe).due
+    # A copy without the link is of an export that was killed.
+    (tmp_path / "models/stage-0001").mkdir(parents=True)
+    assert look_at_export(nightly.recipe).due
+    (tmp_path / "models/latest").symlink_to("stage-0001")
+    assert look_at_export(nightly.recipe).why == "stage 1 was exported"
 
 
 def test_a_run_is_planned_from_the_first_step_that_is_due(tmp_path: Path) -> None:

@@ -154,6 +154,13 @@ def test_a_run_without_stages_is_not_gone_on_with(tmp_path: Path) -> None:
         claim_stage(tmp_path, STEPS, 3, "a test")
 
 
+def test_a_damaged_end_of_a_stage_is_named_with_its_remedy(tmp_path: Path) -> None:
+    claim_stage(tmp_path, STEPS, 3, "a test")
+    (tmp_path / "finished.json").write_text("{")
+    with pytest.raises(StageError, match=r"finished\.json is damaged; delete it"):
+        unfinished(tmp_path)
+
+
 def test_of_many_that_claim_a_stage_all_get_the_same(tmp_path: Path) -> None:
     with ThreadPoolExecutor(16) as pool:
         got = list(pool.map(lambda n: claim_stage(tmp_path, STEPS, n, f"claimant {n}"), range(16)))
