@@ -166,12 +166,11 @@ def pause(
     name: Name, overrides: Overrides = None, why: Annotated[str, typer.Option(help="For those who wonder.")] = ""
 ) -> None:
     """Let ticks do nothing until `resume`; a run that is under way ends first."""
-    import getpass
-
+    from pipelines.recurring.lease import whoami
     from pipelines.recurring.state import State
 
     named, recipe = _read(name, overrides)
-    State(recipe.state).pause(getpass.getuser(), why)
+    State(recipe.state).pause(whoami(), why)
     _say(f"{named}: paused; `braid pipeline resume {name}` ends that.")
 
 

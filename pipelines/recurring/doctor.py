@@ -6,7 +6,6 @@ state folder that are removed again.
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import uuid
@@ -19,7 +18,7 @@ from typing import Literal
 from pipelines.exclusive import create_exclusively
 from pipelines.recipe import RecipeError, read_recipe
 from pipelines.recurring.entries import Installed, InstallError, keeper
-from pipelines.recurring.lease import heartbeat_age_s, read_holder
+from pipelines.recurring.lease import heartbeat_age_s, read_holder, whoami
 from pipelines.recurring.memory import Memory
 from pipelines.recurring.recipe import PipelineRecipe, pretrain_recipe, tokenize_recipe
 from pipelines.recurring.schedule import Schedule
@@ -115,7 +114,7 @@ def _entry(name: str, state: State) -> Iterator[Finding]:
     if installed is None:
         yield Finding("note", f"not installed: nobody calls it; {again} does that")
         return
-    here = socket.gethostname(), os.environ.get("USER") or str(os.getuid())
+    here = socket.gethostname(), whoami()
     if installed.via != "scrontab" and here != (installed.host, installed.user):
         yield Finding("note", f"installed on {installed.host} by {installed.user}; look at its entry there")
     else:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipelines.recurring.executor import ROOT
+from pipelines.recurring.lease import whoami
 from pipelines.recurring.schedule import Schedule
 from pipelines.recurring.state import State, now
 from pipelines.shards.storage import Storage
@@ -250,7 +251,7 @@ def install(
         folder=str(Path.cwd()),
         python=sys.executable,
         host=socket.gethostname(),
-        user=os.environ.get("USER") or str(os.getuid()),
+        user=whoami(),
         options=list(options),
         installed=now(),
     )

@@ -16,6 +16,7 @@ last heartbeat; and `most_h` after it was taken in any case, so that a process t
 from __future__ import annotations
 
 import errno
+import getpass
 import json
 import os
 import socket
@@ -64,7 +65,7 @@ class Holder:
             host=socket.gethostname(),
             pid=os.getpid(),
             process=process_identity(os.getpid()),
-            user=os.environ.get("USER") or str(os.getuid()),
+            user=whoami(),
             what=what,
             taken=datetime.now(UTC).isoformat(timespec="seconds"),
         )
@@ -204,6 +205,14 @@ def heartbeat_age_s(folder: Path) -> float:
     # Opened, because that makes an NFS client ask the server instead of its cache.
     with file.open("rb") as opened:
         return now - os.fstat(opened.fileno()).st_mtime
+
+
+def whoami() -> str:
+    """The user's name; the number of one without."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def process_identity(pid: int) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.recurring.entries import Entry, InstallError
+from pipelines.recurring.lease import whoami
 from pipelines.recurring.schedule import Schedule
 
 
@@ -62,7 +63,7 @@ class Timers:
     def asleep(self) -> str:
         if self._root:
             return ""
-        user = os.environ.get("USER") or str(os.getuid())
+        user = whoami()
         if (Path("/var/lib/systemd/linger") / user).exists():
             return ""
         return f"timers of {user} stop at logout; let them run on: `loginctl enable-linger {user}`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -11,7 +12,11 @@ import pytest
 import yaml
 
 from pipelines.pretrain.stages import read_stages
+from pipelines.recurring.doctor import examine
+from pipelines.recurring.entries import install, remove
+from pipelines.recurring.recipe import tokenize_recipe
 from pipelines.recurring.tick import Ticked, tick
+from tests.pipelines.jobs import run_units
 from tests.pipelines.nightly import Nightly
 from tests.slurm.cluster import Cluster
 
@@ -89,3 +94,45 @@ def test_a_cluster_recipe_that_slurm_refuses_is_a_failure_that_is_recorded(night
     assert ticked.record.outcome == "failed"
     assert "partition = nowhere" in ticked.record.why
     assert _queue(nightly) == []
+
+
+@pytest.mark.skipif(not shutil.which("scrontab"), reason="no scrontab here: bash tests/slurm/build_scrontab.sh")
+def test_scrontab_fires_and_a_cancelled_entry_is_found_and_mended(tmp_path: Path, cluster: Cluster) -> None:
+    nightly = Nightly(tmp_path, pretrain=None, evaluate=None, export=None)
+    run_units(tokenize_recipe(nightly.recipe))
+    subprocess.run(["scrontab", "-r"], check=False, capture_output=True)
+    other = tmp_path / "other"
+    other.write_text("0 5 * * * /bin/true\n")
+    subprocess.run(["scrontab", str(other)], check=True, capture_output=True)
+    options = ["--partition=main", "--time=5"]
+    install("nightly", nightly.file, [], nightly.state, "scrontab", "* * * * *", options)
+    try:
+        deadline = time.monotonic() + 200
+        while nightly.state.last_tick is None:
+            assert time.monotonic() < deadline, _scrontab()
+            time.sleep(1.0)
+        assert "nothing to do" in nightly.state.last_tick["said"]
+        assert _faults(nightly) == []
+        jobs = subprocess.run(
+            ["squeue", "-h", "-n", "braid-nightly", "-o", "%i"], capture_output=True, text=True, check=True
+        )
+        subprocess.run(["scancel", "--cron", *jobs.stdout.split()], check=True)
+        assert (
+            "its entry in scrontab is disabled (a cancelled job of scrontab is written back so)" in _faults(nightly)[0]
+        )
+        install("nightly", nightly.file, [], nightly.state, "scrontab", "hourly", options)
+        assert _faults(nightly) == []
+        assert _scrontab().count("# braid pipeline nightly") == 1
+        assert _scrontab().count("#SCRON") == 1
+    finally:
+        assert remove("nightly", nightly.state) == ["scrontab"]
+    assert "0 5 * * * /bin/true" in _scrontab()
+    assert "braid" not in _scrontab()
+
+
+def _scrontab() -> str:
+    return subprocess.run(["scrontab", "-l"], capture_output=True, text=True, check=True).stdout
+
+
+def _faults(nightly: Nightly) -> list[str]:
+    return [finding.text for finding in examine("nightly", nightly.recipe) if finding.level == "fault"]
