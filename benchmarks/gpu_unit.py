@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pictures", type=int, default=16_384)
     parser.add_argument("--clips", type=int, default=6_144)
-    parser.add_argument("--decoders", type=int, nargs="*", default=[8, 14], help="threads that decode, one run each")
+    parser.add_argument("--decoders", type=int, nargs="*", default=[8, 14], help="processes that decode, one run each")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="an eighth of the files")
     arguments = parser.parse_args()
@@ -81,7 +81,7 @@ def pictures(folder: Path, count: int, arguments: argparse.Namespace) -> list[di
 
 def sounds(folder: Path, count: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
     rng = np.random.default_rng(0)
-    clips = [_sound(rng) for _ in range(min(count, 512))]
+    clips = [_sound(rng) for _ in range(min(count, 128))]
     files = encoded(clips, _wav)
     heard = [load_sound(data, "x", RATE_HZ) for data in files]
     config = audio_encode.RELEASED if ON_GPU else audio_encode.TINY
@@ -110,20 +110,25 @@ def compare(
     unit: str,
     arguments: argparse.Namespace,
 ) -> list[dict[str, object]]:
-    """The bare loop and units with each number of threads, in turn."""
+    """The bare loop and units with each number of decoders, in turn."""
     total = amount * len(items)
     encode(items[:1024])
     bare: list[float] = []
-    units: dict[int, list[float]] = {threads: [] for threads in arguments.decoders}
+    units: dict[int, list[float]] = {count: [] for count in arguments.decoders}
+    shards = Path(worker.recipe.dataset) / "shards"
     for _ in range(arguments.repeat):
         began = time.perf_counter()
         codes = encode(items)
         bare.append(time.perf_counter() - began)
-        for threads, seconds in units.items():
-            worker.decoders = threads
+        for count, seconds in units.items():
+            if worker.decoders != count:
+                # Decoders stay from unit to unit, so their start is no part of one.
+                worker.close()
+                worker.decoders = count
+                one_unit(worker)
             took, name = one_unit(worker)
             seconds.append(took)
-            shard = Path(worker.recipe.dataset) / "shards" / name
+            shard = shards / name
             found = pq.read_table(shard, columns=["token_ids", "modality_ids"])
             flat = found["token_ids"].combine_chunks().flatten().to_numpy()
             mine = flat[found["modality_ids"].combine_chunks().flatten().to_numpy() == modality]
@@ -131,9 +136,10 @@ def compare(
             if not np.array_equal(mine, np.concatenate([np.asarray(item).reshape(-1) for item in codes])):
                 raise SystemExit(f"{what}: the unit's codes are not those of the bare loop")
     results = []
-    for threads, seconds in units.items():
+    worker.close()
+    for count, seconds in units.items():
         rates = total / statistics.median(seconds), total / statistics.median(bare)
-        name = f"{what}: unit on {threads} decoding threads / bare encode loop"
+        name = f"{what}: unit with {count} decoders / bare encode loop"
         results.append(result(name, *rates, unit, checked=f"codes of all {len(items):,} files equal"))
         print(results[-1], flush=True)
     return results

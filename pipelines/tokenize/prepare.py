@@ -2,7 +2,7 @@
 
 Enters: a `Document`. Leaves: a `Prepared`, or the `Reject` or `Dropped` that stands for it. Always holds: each media
 file is decoded once, what comes out depends on the document and the recipe alone, and no document takes more than
-`MOST_BYTES` once it is decoded.
+`MOST_BYTES` once it is decoded. Nothing of a network is needed here, so decoders start without PyTorch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 
 from pipelines.corpus.documents import Document, Dropped, RawSpan, Reject
 from pipelines.corpus.errors import MediaError
-from pipelines.corpus.filters import Filters
+from pipelines.corpus.filters import Filters, draw
 from pipelines.corpus.pictures import fit_to_codes, load_picture
 from pipelines.corpus.sounds import equal_parts, load_sound
 from pipelines.sequence import Modality
-from pipelines.tokenize.recipe import TokenizeRecipe
-from pipelines.tokenize.tokenizers import Tokenizers
+from pipelines.tokenize.recipe import AudioTokenizerSettings, ImageTokenizerSettings, TokenizerSettings
 
 MOST_BYTES = 2**30
 """Memory of one document's texts, fitted pictures and waveforms together; what would take more is quarantined."""
@@ -60,6 +59,43 @@ class Prepared:
         return sum(part.size for part in self.parts)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shapes:
+    """What the tokenizers take; None where there is no tokenizer."""
+
+    downsampling: int | None
+    """Pixels of one code in each direction."""
+    sample_rate_hz: int | None
+    hop: int | None
+    """Samples of one frame."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What a source's documents must be to be wanted."""
+
+    filters: Filters
+    weight: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preparation:
+    """All that a decoder needs to know of a recipe and its tokenizers."""
+
+    settings: TokenizerSettings
+    shapes: Shapes
+    choices: dict[str, Choice]
+    """By source."""
+
+    def prepare(self, source: str, document: Document) -> Prepared | Reject | Dropped:
+        """Decode the media of a source's document, unless it is not wanted."""
+        choice = self.choices[source]
+        if choice.weight < 1 and draw("weight", choice.seed, document.row_id) >= choice.weight:
+            return Dropped(source=document.source, position=document.position, reason="weight")
+        return prepare(document, choice.filters, self.settings, self.shapes)
+
+
 class _DroppedError(Exception):
     """A decoded picture or sound fails a filter."""
 
@@ -69,7 +105,7 @@ class _DroppedError(Exception):
 
 
 def prepare(
-    document: Document, filters: Filters, recipe: TokenizeRecipe, tokenizers: Tokenizers
+    document: Document, filters: Filters, settings: TokenizerSettings, shapes: Shapes
 ) -> Prepared | Reject | Dropped:
     """Decode the media of a document, unless a filter drops it."""
     source, position = document.source, document.position
@@ -79,7 +115,7 @@ def prepare(
     size = 0
     for span in document.spans:
         try:
-            made = list(_parts(span, filters, recipe, tokenizers))
+            made = list(_parts(span, filters, settings, shapes))
         except _DroppedError as dropped:
             return Dropped(source=source, position=position, reason=dropped.reason)
         except MediaError as error:
@@ -93,11 +129,11 @@ def prepare(
     return Prepared(document.row_id, source, position, document.content_hash, parts)
 
 
-def _parts(span: RawSpan, filters: Filters, recipe: TokenizeRecipe, tokenizers: Tokenizers) -> Iterator[Part]:
+def _parts(span: RawSpan, filters: Filters, settings: TokenizerSettings, shapes: Shapes) -> Iterator[Part]:
     if span.codes is not None:
         yield Part(span.modality, span.codes, span.uri, encoded=True)
     elif span.modality is Modality.TEXT:
-        most = recipe.tokenizers.text.max_characters
+        most = settings.text.max_characters
         if len(span.text) > most:
             message = (
                 f"{span.uri}: {len(span.text):,} characters, over tokenizers.text.max_characters = {most:,}; split it"
@@ -105,15 +141,16 @@ def _parts(span: RawSpan, filters: Filters, recipe: TokenizeRecipe, tokenizers: 
             raise MediaError(message, "too long")
         yield Part(span.modality, span.text, span.uri)
     elif span.modality is Modality.IMAGE:
-        yield Part(span.modality, _pixels(span, filters, recipe, tokenizers), span.uri)
+        yield Part(span.modality, _pixels(span, filters, settings.image, shapes.downsampling), span.uri)
     else:
-        for waveform in _waveforms(span, filters, recipe, tokenizers):
+        for waveform in _waveforms(span, filters, settings.audio, shapes.sample_rate_hz, shapes.hop):
             yield Part(span.modality, waveform, span.uri)
 
 
-def _pixels(span: RawSpan, filters: Filters, recipe: TokenizeRecipe, tokenizers: Tokenizers) -> NDArray[np.uint8]:
-    settings, tokenizer = recipe.tokenizers.image, tokenizers.image
-    if settings is None or tokenizer is None:
+def _pixels(
+    span: RawSpan, filters: Filters, settings: ImageTokenizerSettings | None, downsampling: int | None
+) -> NDArray[np.uint8]:
+    if settings is None or downsampling is None:
         message = f"{span.uri}: a picture, but the recipe names no image tokenizer (tokenizers.image)"
         raise MediaError(message, "no tokenizer")
     pixels = load_picture(span.data, span.uri, settings.background, settings.max_pixels)
@@ -123,26 +160,29 @@ def _pixels(span: RawSpan, filters: Filters, recipe: TokenizeRecipe, tokenizers:
         pixels,
         rows=settings.rows,
         columns=settings.columns,
-        downsampling=tokenizer.downsampling,
+        downsampling=downsampling,
         fit=settings.fit,
         background=settings.background,
     )
 
 
 def _waveforms(
-    span: RawSpan, filters: Filters, recipe: TokenizeRecipe, tokenizers: Tokenizers
+    span: RawSpan,
+    filters: Filters,
+    settings: AudioTokenizerSettings | None,
+    sample_rate_hz: int | None,
+    hop: int | None,
 ) -> list[NDArray[np.float32]]:
-    settings, codec = recipe.tokenizers.audio, tokenizers.audio
-    if settings is None or codec is None:
+    if settings is None or sample_rate_hz is None or hop is None:
         message = f"{span.uri}: a sound, but the recipe names no audio tokenizer (tokenizers.audio)"
         raise MediaError(message, "no tokenizer")
     waveform = load_sound(
         span.data,
         span.uri,
-        codec.sample_rate_hz,
+        sample_rate_hz,
         max_seconds=settings.max_seconds,
         loudness_db=settings.loudness_db,
     )
-    if reason := filters.drops_sound(len(waveform) / codec.sample_rate_hz):
+    if reason := filters.drops_sound(len(waveform) / sample_rate_hz):
         raise _DroppedError(reason)
-    return equal_parts(waveform, codec.hop, settings.max_frames)
+    return equal_parts(waveform, hop, settings.max_frames)

@@ -88,7 +88,7 @@ class ClusterSettings(Settings):
     """A running Ray cluster, such as `auto`. By default a job that was submitted to a cluster (`ray job submit`) uses
     that one, and any other starts a Ray of its own on this machine."""
     cpus_per_worker: float = Field(1.0, gt=0)
-    """A worker with a GPU reads and decodes on so many threads while it encodes; others use one, and PyTorch's `threads`."""
+    """A worker with a GPU decodes in so many processes while it encodes; others decode and encode in turn."""
     gpus_per_worker: float = Field(0.0, ge=0)
     """Workers with a GPU, or a share of one, encode on it."""
     start_timeout_s: float = Field(600.0, gt=0)

@@ -11,6 +11,7 @@ from pipelines.corpus.sounds import SOUND_PREPROCESSING_VERSION
 from pipelines.interleave import MEDIA_OPENING
 from pipelines.recipe import RecipeError
 from pipelines.sequence import Vocabulary
+from pipelines.tokenize.prepare import Shapes
 from pipelines.tokenize.recipe import DOCUMENT_MARKS, TokenizeRecipe
 from pipelines.tokenizers.encodec import AudioTokenizer
 from pipelines.tokenizers.sentencepiece import TextTokenizer
@@ -53,6 +54,15 @@ class Tokenizers:
             dtype = torch.float32 if device == "cpu" else getattr(torch, settings.image.dtype)
             image = ImageTokenizer.load(settings.image.checkpoint, device, dtype)
         return cls(text=TextTokenizer.load(settings.text.model, settings.text.engine), image=image, audio=audio)
+
+    @property
+    def shapes(self) -> Shapes:
+        """What they take."""
+        return Shapes(
+            downsampling=self.image.downsampling if self.image else None,
+            sample_rate_hz=self.audio.sample_rate_hz if self.audio else None,
+            hop=self.audio.hop if self.audio else None,
+        )
 
     def vocabulary(self, recipe: TokenizeRecipe) -> Vocabulary:
         """What the ids made with these tokenizers and this recipe mean."""

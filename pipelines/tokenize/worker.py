@@ -2,7 +2,7 @@
 
 Enters: a `WorkUnit`. Leaves: its shard in the dataset's folder, not yet committed. Always holds: what a unit gives
 depends on the unit and the recipe alone, and memory is bounded by a few windows of decoded documents. On a CPU reading,
-decoding, encoding and writing take turns; on a GPU each runs ahead of the next, on threads of its own.
+decoding, encoding and writing take turns; on a GPU each runs ahead of the next, and decoders are processes.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import torch
 
 from pipelines.corpus.documents import Document, Dropped, Reject
 from pipelines.corpus.errors import StoreError
-from pipelines.corpus.filters import draw
-from pipelines.corpus.reader import Reader
 from pipelines.interleave import EncodedSpan, interleave
 from pipelines.sequence import Modality, SequenceError, Vocabulary
 from pipelines.shards.schema import Row
 from pipelines.shards.storage import Storage
 from pipelines.shards.writer import ShardWriter, WrittenShard
-from pipelines.tokenize.ahead import ahead, mapped
-from pipelines.tokenize.prepare import Prepared, prepare
+from pipelines.tokenize.ahead import ahead
+from pipelines.tokenize.decoders import Decoders, Item
+from pipelines.tokenize.prepare import Choice, Preparation, Prepared
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.tokenizers import Tokenizers
 from pipelines.tokenize.units import WorkUnit
@@ -46,7 +45,6 @@ ON_GPU = Window(documents=256, size=256 * 2**20)
 """Several batches, so that the GPU need not wait for what comes between two windows. Up to five windows are in memory: two
 being encoded, one being decoded, and one waiting before and behind."""
 
-Item = Prepared | Reject | Dropped
 Result = Row | Reject | Dropped
 Codes = dict[Modality, list[np.ndarray]]
 """Of a window's media and texts, in their order."""
@@ -64,8 +62,12 @@ class UnitWorker:
         self._sources = {source.name: source for source in bound}
         self._storage = Storage.of(recipe.dataset)
         self.window = ON_CPU if device == "cpu" else ON_GPU
-        self.decoders = 1 if device == "cpu" else max(1, int(recipe.cluster.cpus_per_worker))
-        """Threads that read and decode while the tokenizers encode; with one, each waits for the other."""
+        self.decoders = 0 if device == "cpu" else max(1, int(recipe.cluster.cpus_per_worker))
+        """Processes that decode while the tokenizers encode; without any, all stages take turns."""
+        self._decoders: Decoders | None = None
+        choices = {s.name: Choice(filters=s.filters, weight=s.weight, seed=s.seed) for s in recipe.sources}
+        shapes = self.tokenizers.shapes
+        self._preparation = Preparation(settings=recipe.tokenizers, shapes=shapes, choices=choices)
 
     def ready(self, witness: str) -> None:
         """Answer once the tokenizers are loaded.
@@ -81,6 +83,12 @@ class UnitWorker:
                 f"dataset = {self.recipe.dataset}: worker node {platform.node()} does not see the file {witness} that the "
                 "driver wrote there; name a folder on a file system that all nodes share, or an object store"
             )
+
+    def close(self) -> None:
+        """End the decoders, if there are any."""
+        if self._decoders:
+            self._decoders.close()
+            self._decoders = None
 
     def run(self, unit: WorkUnit) -> WrittenShard:
         """Read, decode, tokenize, interleave and write one unit."""
@@ -98,9 +106,8 @@ class UnitWorker:
         """The rows of a unit, what had to be rejected and what a filter took out, in the order of the corpus."""
         seen: set[str] = set()
         source = self._sources[unit.source]
-        prepared = mapped(lambda item: self._prepare(source, item), source.read(unit.slices), self.decoders)
-        windows = _windows(prepared, self.window)
-        encoded = self._encoded(windows) if self.decoders == 1 else ahead(self._encoded(ahead(windows)))
+        windows = _windows(self._prepared(unit.source, source.read(unit.slices)), self.window)
+        encoded = ahead(self._encoded(ahead(windows))) if self.decoders else self._encoded(windows)
         with closing(encoded):
             for window, codes in encoded:
                 for result in self._laid_out(window, codes):
@@ -111,19 +118,21 @@ class UnitWorker:
                         seen.add(result.row_id)
                     yield result
 
-    def _prepare(self, source: Reader, item: Document | Reject | Dropped) -> Prepared | Reject | Dropped:
-        if isinstance(item, Reject | Dropped):
-            return item
-        if source.weight < 1 and draw("weight", source.seed, item.row_id) >= source.weight:
-            return Dropped(source=item.source, position=item.position, reason="weight")
-        return prepare(item, source.filters, self.recipe, self.tokenizers)
+    def _prepared(self, source: str, items: Iterable[Document | Reject | Dropped]) -> Iterator[Item]:
+        if not self.decoders:
+            for item in items:
+                yield self._preparation.prepare(source, item) if isinstance(item, Document) else item
+            return
+        if self._decoders is None:
+            self._decoders = Decoders(self._preparation, self.decoders)
+        yield from self._decoders.prepared(source, items)
 
     def _encoded(self, windows: Iterable[list[Item]]) -> Generator[tuple[list[Item], Codes], None, None]:
-        """Each window with its codes. With several threads the next window is begun before those of one are waited for."""
+        """Each window with its codes. Beside decoders the next window is begun before the codes of one are waited for."""
         begun: list[tuple[list[Item], Callable[[], Codes]]] = []
         for window in windows:
             begun.append((window, self._start(window)))
-            if len(begun) > (self.decoders > 1):
+            if len(begun) > bool(self.decoders):
                 done, codes = begun.pop(0)
                 yield done, codes()
         for done, codes in begun:

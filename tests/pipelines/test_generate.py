@@ -199,7 +199,7 @@ def test_files_as_prompt_go_through_the_preprocessing_of_the_dataset(
     ]
     worker = UnitWorker(recipe)
     document = Document(source="s", position=0, spans=tuple(spans))
-    prepared = prepare(document, Filters(), recipe, worker.tokenizers)
+    prepared = prepare(document, Filters(), recipe.tokenizers, worker.tokenizers.shapes)
     assert isinstance(prepared, Prepared)
     [row] = worker._encode([prepared])
     encoded = encode_prompt(["the fox", *files], generator.vocabulary, generator.tokenizers)

@@ -92,7 +92,9 @@ def test_buckets_give_pictures_of_many_shapes_the_codes_that_each_has_alone(tmp_
 
 def _pixels(worker: UnitWorker, file: Path) -> np.ndarray:
     span = RawSpan(modality=Modality.IMAGE, data=file.read_bytes(), uri=file.name)
-    prepared = prepare(Document(source="p", position=0, spans=(span,)), Filters(), worker.recipe, worker.tokenizers)
+    prepared = prepare(
+        Document(source="p", position=0, spans=(span,)), Filters(), worker.recipe.tokenizers, worker.tokenizers.shapes
+    )
     assert isinstance(prepared, preparing.Prepared)
     payload = prepared.parts[0].payload
     assert isinstance(payload, np.ndarray)
@@ -112,7 +114,7 @@ def test_windows_do_not_show(folder: Path, tmp_path: Path, monkeypatch: pytest.M
 
 def _prepared(folder: Path, document: Document, *overrides: str) -> object:
     recipe = _recipe(folder, *overrides)
-    return prepare(document, Filters(), recipe, Tokenizers.load(recipe))
+    return prepare(document, Filters(), recipe.tokenizers, Tokenizers.load(recipe).shapes)
 
 
 def test_a_text_over_its_limit_is_rejected(folder: Path) -> None:

@@ -1,0 +1,118 @@
+"""A unit that is read, decoded, encoded and written at once, as on a GPU: the same rows, and nothing is left running."""
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.corpus.documents import Reject
+from pipelines.corpus.errors import TransientError
+from pipelines.shards.schema import Row
+from pipelines.tokenize import decoders
+from pipelines.tokenize.ahead import mapped
+from pipelines.tokenize.decoders import Decoders
+from pipelines.tokenize.units import WorkUnit, grouped
+from pipelines.tokenize.worker import UnitWorker, Window
+from tests.pipelines.tiny import tiny_recipe
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[UnitWorker]:
+    worker = UnitWorker(tiny_recipe(tmp_path))
+    yield worker
+    worker.close()
+
+
+def units(worker: UnitWorker) -> list[WorkUnit]:
+    return [
+        unit for source in worker.recipe.sources for unit in grouped(source.name, source.inputs(), worker.recipe.units)
+    ]
+
+
+def results(worker: UnitWorker) -> Iterator[tuple[str, list[int] | str]]:
+    for unit in units(worker):
+        for item in worker.rows(unit):
+            what = item.sequence.token_ids.tolist() if isinstance(item, Row) else item.reason
+            yield item.source, what
+
+
+def own_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("braid-")]
+
+
+def of(worker: UnitWorker) -> Decoders:
+    assert worker._decoders
+    return worker._decoders
+
+
+@pytest.mark.parametrize("window", [Window(documents=256, size=2**28), Window(documents=3, size=2000)])
+def test_decoders_change_no_row_and_no_order(worker: UnitWorker, window: Window) -> None:
+    expected = list(results(worker))
+    worker.decoders, worker.window = 3, window
+    assert list(results(worker)) == expected
+    assert len(expected) == 42
+    assert own_threads() == []
+    assert of(worker)._free.qsize() == decoders.PLACES
+
+
+def test_arrays_that_do_not_fit_or_find_no_place_come_through_pipes(
+    worker: UnitWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = list(results(worker))
+    monkeypatch.setattr(decoders, "PLACES", 2)
+    monkeypatch.setattr(decoders, "PLACE_BYTES", 2**12)
+    worker.decoders = 2
+    assert list(results(worker)) == expected
+    assert of(worker)._free.qsize() == 2
+
+
+def test_a_killed_decoder_fails_its_unit_and_the_next_try_goes_well(worker: UnitWorker) -> None:
+    expected = list(results(worker))
+    worker.decoders = 1
+    assert list(results(worker)) == expected
+    (process,) = of(worker)._processes
+    process.kill()
+    with pytest.raises(TransientError, match=r"a decoder ended with exit code -9, at one of the .*cpus_per_worker"):
+        list(results(worker))
+    assert own_threads() == []
+    assert list(results(worker)) == expected
+
+
+def test_a_fault_of_the_program_in_a_decoder_is_seen(worker: UnitWorker) -> None:
+    worker.decoders = 1
+    worker._preparation = dataclasses.replace(worker._preparation, choices={})
+    with pytest.raises(RuntimeError, match=r"(?s)documents from .*KeyError"):
+        list(results(worker))
+
+
+def test_decoders_end_with_their_worker(worker: UnitWorker) -> None:
+    worker.decoders = 2
+    list(results(worker))
+    processes = of(worker)._processes
+    assert [process.poll() for process in processes] == [None, None]
+    worker.close()
+    assert all(process.poll() is not None for process in processes)
+
+
+def test_a_caller_that_stops_leaves_no_thread(worker: UnitWorker) -> None:
+    worker.decoders, worker.window = 2, Window(documents=1, size=2**20)
+    rows = worker.rows(max(units(worker), key=lambda unit: unit.size))
+    assert not isinstance(next(rows), Reject)
+    rows.close()  # type: ignore[attr-defined]
+    assert own_threads() == []
+
+
+def test_mapping_is_in_order_and_bounded() -> None:
+    given: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            given.append(number)
+            yield number
+
+    found = mapped(lambda number: number * number, items(), 3)
+    assert [next(found) for _ in range(5)] == [0, 1, 4, 9, 16]
+    assert len(given) <= 5 + 4 * 3 + 1
+    assert list(found) == [number * number for number in range(5, 100)]
