@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint types check clean
+.PHONY: help venv demo test test-slow test-slurm slurm-lab lint types check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,14 @@ test: venv  ## the default tests (under 10 minutes on 2 cores)
 
 test-slow: venv  ## the tests that take longer
 	@$(BIN)/python -m pytest -m 'slow and not slurm'
+
+test-slurm: venv  ## the tests on a real SLURM, which they start here (root, Debian or Ubuntu; else they skip)
+	@bash tests/slurm/install.sh || echo "The tests that need SLURM will skip."
+	@$(BIN)/python -m pytest -m slurm -rs
+
+slurm-lab: venv  ## a private SLURM of four nodes on this machine, and a shell in it (root)
+	@bash tests/slurm/install.sh
+	@$(BIN)/python -m tests.slurm.cluster
 
 lint: venv  ## style
 	@$(BIN)/ruff check .

@@ -4,14 +4,20 @@ Pure PyTorch. See `model.transformer` for the whole, `model.block` for its layer
 `model.batch` for what it trains on, and `python -m model` for the reference example.
 """
 
-from model.attention import AttentionBackendError
-from model.batch import IGNORE_INDEX, BatchError, PackedBatch, Targets
-from model.block import CausalSelfAttention, FeedForward, TransformerBlock
-from model.cache import CacheError, KeyValueCache
-from model.config import MODALITIES, ConfigError, UnifiedTransformerConfig
-from model.loss import LossOutput
-from model.rope import RotaryPositionalEmbeddings
-from model.transformer import TokenError, UnifiedTransformer
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.attention import AttentionBackendError
+    from model.batch import IGNORE_INDEX, BatchError, PackedBatch, Targets
+    from model.block import CausalSelfAttention, FeedForward, TransformerBlock
+    from model.cache import CacheError, KeyValueCache
+    from model.config import MODALITIES, ConfigError, UnifiedTransformerConfig
+    from model.loss import LossOutput
+    from model.rope import RotaryPositionalEmbeddings
+    from model.transformer import TokenError, UnifiedTransformer
 
 __all__ = [
     "IGNORE_INDEX",
@@ -32,3 +38,33 @@ __all__ = [
     "UnifiedTransformer",
     "UnifiedTransformerConfig",
 ]
+
+_HOMES = {
+    "IGNORE_INDEX": "batch",
+    "MODALITIES": "config",
+    "AttentionBackendError": "attention",
+    "BatchError": "batch",
+    "CacheError": "cache",
+    "CausalSelfAttention": "block",
+    "ConfigError": "config",
+    "FeedForward": "block",
+    "KeyValueCache": "cache",
+    "LossOutput": "loss",
+    "PackedBatch": "batch",
+    "RotaryPositionalEmbeddings": "rope",
+    "Targets": "batch",
+    "TokenError": "transformer",
+    "TransformerBlock": "block",
+    "UnifiedTransformer": "transformer",
+    "UnifiedTransformerConfig": "config",
+}
+"""The module of each name. It is imported when the name is first asked for: a recipe that is read only to be submitted needs
+the configuration, and not the second that torch takes."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
-import torch
-
 MODALITIES = ("text", "image", "audio")
 """Names in the order of the modality ids 0, 1, 2."""
 
@@ -26,6 +24,9 @@ class ConfigError(ValueError):
 
 
 def _default_device() -> str:
+    # Here, because it takes a second, and a configuration with a device needs nothing of it.
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

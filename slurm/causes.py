@@ -115,6 +115,8 @@ def _of_a_requeue(folder: Path, attempt: str, state: str) -> str:
         return _ENDS.get(state, "it was told to stop")
     if job.get("PreemptTime", "None") not in ("None", "") or state == "PREEMPTED":
         return _ENDS["PREEMPTED"]
+    if job.get("JobState") != "RUNNING":
+        return _ENDS["REQUEUED"]
     try:
         left = datetime.fromisoformat(job["EndTime"]).timestamp() - float(job["BraidAsked"])
     except (KeyError, ValueError):

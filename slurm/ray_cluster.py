@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slurm import rendezvous
+from slurm import commands, rendezvous
 from slurm.context import JobContext
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 START_S = 120.0
 """Nodes that have not joined by then are done without; they may join later."""
+
+DEAD_NODE_S = 900.0
+"""SLURM's controller notices a dead node after SlurmdTimeout, 300 s by default."""
 
 _POLL_S = 0.3
 
@@ -98,6 +101,34 @@ def _follow(task: JobContext, token: Path, ended: Path) -> None:
             time.sleep(_POLL_S)
     finally:
         _end(worker)
+    if not ended.exists():
+        _without_head(task, first, ended)
+
+
+def _without_head(task: JobContext, first: str, ended: Path) -> None:
+    """The first node is dead, and the job's script with it: a job that may lose nodes lives on without, and does nothing.
+
+    So a node that is left has it queued again, when SLURM has seen which node it must not use.
+
+    Raises:
+        RayClusterError: it cannot; or Ray ended here alone.
+    """
+    deadline = time.monotonic() + DEAD_NODE_S
+    while time.monotonic() < deadline and not ended.exists():
+        try:
+            nodes = rendezvous.hosts(commands.run("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%N").strip())
+            if first not in nodes:
+                print(f"braid: the node of the head, {first}, is lost: the job is queued again", flush=True)
+                commands.run("scontrol", "requeue", task.id)
+                return
+        except commands.SlurmError as error:
+            print(f"braid: {error}", file=sys.stderr, flush=True)
+        time.sleep(5)
+    if not ended.exists():
+        # Of a worker that died alone; the head goes on without it.
+        raise RayClusterError(
+            f"node {socket.gethostname()}: Ray ended; see {task.folder}/ray-{task.attempt}-{task.rank}.log"
+        )
 
 
 def _start(task: JobContext, *options: str) -> subprocess.Popen[bytes]:
@@ -163,8 +194,11 @@ def _stoppable(task: JobContext) -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ray's processes of this node; never `ray stop`, which ends every Ray that it can see."""
-    for number, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+    """Ray's processes of this node; never `ray stop`, which ends every Ray that it can see.
+
+    On TERM it would drain for half a minute, for which there is nothing left: what is of worth is committed.
+    """
+    for number, patience_s in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:

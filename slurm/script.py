@@ -65,10 +65,8 @@ elif [ "$braid_status" -ne 0 ] && ! compgen -G "fault-$braid_attempt-*.json" >/d
     echo "braid: a node does not answer; waiting for SLURM to notice" >&2
     sleep @TIMEOUT@
   fi
-  if [ "$(cat "losses-$braid_id" 2>/dev/null | wc -l)" -lt @MOST@ ]; then
-    echo "$braid_attempt" >>"losses-$braid_id"
-    braid_requeue
-  fi
+  echo "$braid_attempt" >>"losses-$braid_id"
+  if [ "$(wc -l <"losses-$braid_id")" -le @MOST@ ]; then braid_requeue; fi
 fi
 exit "$braid_status"
 """

@@ -30,6 +30,8 @@ ACTIVE = frozenset(_WAITS | _RUNS)
 LAG_S = 60.0
 """For so long after its submission a job that nobody knows is taken for one that nobody knows yet."""
 
+_NOWHERE = ("", "None assigned")
+
 _QUEUE = "%i|%T|%r|%N|%V|%S|%e|%l|%j|%Z"
 _ACCOUNT = "JobID,State,Reason,NodeList,Submit,Start,End,Timelimit,JobName,ExitCode,WorkDir"
 
@@ -184,7 +186,7 @@ def _status(job_id: str, folder: Path, live: _Record | None, past: list[_Record]
         state=state,
         source="controller" if live else "accounting",
         why="",
-        nodes=newest["nodes"] if newest["nodes"] != "None assigned" else "",
+        nodes="" if newest["nodes"] in _NOWHERE else newest["nodes"],
         submitted=_time(past[0]["submitted"] if past else newest["submitted"]),
         started=_time(newest["started"]) if state != "PENDING" else None,
         ended=_time(newest["ended"]) if state not in ACTIVE else None,
@@ -206,28 +208,51 @@ def _attempts(job_id: str, folder: Path, live: _Record | None, past: list[_Recor
     numbers = [
         int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(rf"attempt-{re.escape(job_id)}-(\d+)\.json", p.name))
     ]
-    started = [record for record in past if _time(record["started"]) is not None]
-    if live and live["state"] != "PENDING" and (not started or _time(started[-1]["started"]) != _time(live["started"])):
-        # The accounting has not heard of this start.
-        started.append(live)
+    started = _starts(past)
+    if live and live["state"] not in _WAITS and live["nodes"] not in _NOWHERE:
+        since = _time(live["started"])
+        if not started or since is None or since > (_time(started[-1]["started"]) or 0.0) + 1:
+            # The accounting has not heard of this start.
+            started.append(live)
     made = []
     for number in range(max(len(started), max(numbers, default=-1) + 1)):
         record = started[number] if number < len(started) else {}
-        last = number == len(started) - 1
-        state = live["state"] if live and last and live["state"] != "PENDING" else record.get("state", "UNKNOWN")
-        running = state in _RUNS
-        begun = _read(folder / f"attempt-{job_id}-{number}.json")
+        state = record.get("state", "UNKNOWN")
+        if live and number == len(started) - 1:
+            # Nor has it of its end, perhaps.
+            state = live["state"] if live["state"] not in _WAITS else "REQUEUED" if state in _RUNS else state
+        elif state in _RUNS:
+            state = "REQUEUED"
+        left = _read(folder / f"attempt-{job_id}-{number}.json")
         made.append(
             Attempt(
                 number=number,
                 state=state,
-                nodes=record.get("nodes") or str(begun.get("nodes", "")),
-                started=_time(record.get("started", "")) or begun.get("started"),
-                ended=None if running else _time(record.get("ended", "")),
-                why="" if running or state == "COMPLETED" else causes.of_an_end(folder, f"{job_id}-{number}", state),
+                nodes=record.get("nodes") or str(left.get("nodes", "")),
+                started=_time(record.get("started", "")) or left.get("started"),
+                ended=None if state in _RUNS else _time(record.get("ended", "")),
+                why=""
+                if state in _RUNS or state == "COMPLETED"
+                else causes.of_an_end(folder, f"{job_id}-{number}", state),
             )
         )
     return tuple(made)
+
+
+def _starts(past: Iterable[_Record]) -> list[_Record]:
+    """The records of starts; what follows on a RESIZING one is the same start, with the nodes that it has left."""
+    found: list[_Record] = []
+    resized: _Record | None = None
+    for record in past:
+        if _time(record["started"]) is None or record["nodes"] in _NOWHERE:
+            # It waited, or was cancelled while it did.
+            continue
+        if resized:
+            record = {**record, "started": resized["started"], "nodes": resized["nodes"]}
+        resized = record if record["state"] == "RESIZING" else None
+        if not resized:
+            found.append(record)
+    return found
 
 
 def _forgotten(job_id: str, folder: Path, record: Mapping[str, Any]) -> JobStatus:

@@ -241,7 +241,7 @@ def _executor(task: Task, cluster: ClusterRecipe, folder: Path, after: Iterable[
     if task.ray is not None:
         # One task a node; a node that is lost takes neither the job nor the other nodes with it.
         more["no-kill"] = True
-        arguments = ["--kill-on-bad-exit=0", "--no-kill", "--wait=10", *cluster.srun]
+        arguments = ["--kill-on-bad-exit=0", "--no-kill", "--wait=3", *cluster.srun]
         tasks_per_node = 1
     parameters = {
         "job_name": task.name,

@@ -38,7 +38,8 @@ class DataSettings(Settings):
 class _ModelSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
-        UnifiedTransformerConfig(**self.model_dump())
+        # No device is asked for: that would load torch, for which whoever submits a recipe need not wait.
+        UnifiedTransformerConfig(**self.model_dump(), device="cpu")
         return self
 
 

@@ -215,7 +215,7 @@ def pretrain_recipe(recipe: PipelineRecipe, dataset: str) -> PretrainRecipe | No
     Raises:
         RecipeError: it has faults, or its learning rate follows the length of the run.
     """
-    # Here, because it loads torch, and most ticks have nothing to train.
+    # Here, because most ticks have nothing to train.
     from pipelines.pretrain.recipe import PretrainRecipe
 
     step = recipe.pretrain

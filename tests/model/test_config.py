@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+import model
 from model import ConfigError, UnifiedTransformer, UnifiedTransformerConfig
 from tests.model.cases import tiny_config
 
@@ -81,3 +82,10 @@ def test_what_cannot_work_is_refused_with_field_value_and_remedy(changes: dict[s
 def test_an_unknown_field_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"'num_layer' \(value 3\) is no field .*did you mean 'num_layers'"):
         UnifiedTransformerConfig.from_dict({"num_layer": 3})
+
+
+def test_every_public_name_of_the_package_is_there() -> None:
+    for name in model.__all__:
+        assert getattr(model, name).__name__ == name or name.isupper()
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        model.nothing  # noqa: B018

@@ -150,6 +150,19 @@ class Cluster:
         """Boot a crashed node again."""
         self._boot(node)
 
+    def hide(self, node: str, folder: Path) -> None:
+        """Let a node see an empty folder in place of one that all share."""
+        self._inside(node, "mount", "-t", "tmpfs", "none", str(folder))
+
+    def reveal(self, node: str, folder: Path) -> None:
+        """Undo `hide`."""
+        self._inside(node, "umount", str(folder))
+
+    def _inside(self, node: str, *command: str) -> None:
+        """Run a command in a node's namespaces: those of the child of its `unshare`."""
+        child = Path(f"/proc/{self._daemons[node].pid}/task/{self._daemons[node].pid}/children").read_text().split()[0]
+        self.run("nsenter", f"--target={child}", "--mount", *command)
+
     def await_idle(self, timeout_s: float = 60) -> None:
         """Wait until every node is idle."""
         self._await("slurmctld", lambda: set(self.run("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, timeout_s)
