@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.recurring.lease import HeldError, Holder, Lease, LostError, heartbeat_age_s, read_holder
+from pipelines.recurring.lease import HeldError, Holder, Lease, LostError, heartbeat_age_s, read_holder, whoami
 from pipelines.recurring.recipe import LeaseSettings
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,7 @@ def test_a_holder_that_slept_while_another_took_over_notices_before_it_commits(t
         with Lease.take(tmp_path, QUICK, "the successor") as mine:
             os.kill(process.pid, signal.SIGCONT)
             assert "lost the lease" in (said := _ask(process))
-            assert f"taken over by the successor of {os.environ.get('USER') or os.getuid()}" in said
+            assert f"taken over by the successor of {whoami()}" in said
             mine.require()
     finally:
         _end(process)
