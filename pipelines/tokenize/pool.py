@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from pipelines.corpus.errors import StoreError, TransientError
 from pipelines.shards.storage import DiskFullError
@@ -153,9 +153,15 @@ class Pool:
         actor, unit = self._pending[reference]
         try:
             result = ray.get(reference)
-        except RayActorError:
+        except RayActorError as error:
             if unit is None:
-                raise
+                if not isinstance(error, ActorUnavailableError):
+                    raise
+                # It died, and is not back yet.
+                self._forget(reference)
+                time.sleep(_RESTART_POLL_S)
+                self._await_start(actor)
+                return None
             # Only the first was being done; the worker comes back, and the others wait for it or for another.
             lost = [self._pending.pop(r)[1] for r in actor.running]
             actor.running, actor.ready = [], False

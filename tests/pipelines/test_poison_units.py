@@ -35,7 +35,7 @@ def test_a_unit_that_kills_its_workers_is_named_when_all_others_are_done(
     texts = {f"t{n}": f"the quick fox {n}" for n in range(4)} | {"poison": "long " * 500}
     recipe = text_recipe(tmp_path, "units.inputs=1", "units.tries=2", "workers=2", **texts)
     with pytest.raises(
-        pool.UnitsFailedError, match=r"failed 2 times, last because its worker died .* poison\.txt"
+        pool.UnitsFailedError, match=r"failed 2 times, last because its worker died .* from poison to poison"
     ) as error:
         tokenize(recipe)
     dataset = Dataset.open(recipe.dataset)

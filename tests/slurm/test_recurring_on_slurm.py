@@ -116,7 +116,7 @@ def test_scrontab_fires_and_a_cancelled_entry_is_found_and_mended(tmp_path: Path
         jobs = subprocess.run(
             ["squeue", "-h", "-n", "braid-nightly", "-o", "%i"], capture_output=True, text=True, check=True
         )
-        subprocess.run(["scancel", "--cron", *jobs.stdout.split()], check=True)
+        subprocess.run(["scancel", *jobs.stdout.split()], check=True)
         assert (
             "its entry in scrontab is disabled (a cancelled job of scrontab is written back so)" in _faults(nightly)[0]
         )
