@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.corpus.errors import CorpusError
+from pipelines.corpus.errors import CorpusError, StoreError, TransientError
 from pipelines.pretrain.stages import read_stages, steps_done
 from pipelines.recurring.recipe import PipelineRecipe
 from pipelines.shards.dataset import Dataset
@@ -57,7 +57,7 @@ def look_at_inputs(recipe: PipelineRecipe, tokenize: TokenizeRecipe, without: li
     """
     try:
         listed = {source.name: Listing(source.inputs()) for source in tokenize.sources}
-    except CorpusError as error:
+    except (CorpusError, StoreError, TransientError) as error:
         # The step will fail in the same way, and so it is recorded, told and not tried for ever.
         return Found(inputs=f"not to be listed: {error}", tokenize=Due(due=True, why=str(error)))
     digest = "".join(listing.digest for listing in listed.values())
