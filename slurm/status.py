@@ -108,9 +108,12 @@ def status(job_id: str, folder: Path | None = None) -> JobStatus:
         SlurmError: there is no such job, or SLURM does not answer.
     """
     found = _statuses(_queue(("-j", job_id)), _accounts(("-j", job_id)))
+    of_array = [s.id for s in found if s.id.startswith(f"{job_id}_")]
     found = [s for s in found if s.id == job_id and (folder is None or s.folder == folder)]
     if found:
         return found[-1]
+    if of_array:
+        raise SlurmError(f"job {job_id} is an array: name one of {', '.join(of_array)}")
     if folder is not None and (record := read_job(folder)):
         return _forgotten(job_id, folder, record)
     raise SlurmError(
@@ -153,6 +156,9 @@ def _accounts(choice: Iterable[str]) -> dict[str, list[_Record]]:
     found: dict[str, list[_Record]] = defaultdict(list)
     for line in lines:
         record = dict(zip(keys, line.split("|", len(keys) - 1), strict=True))
+        if "[" in record["id"]:
+            # Those of an array that have not started; the queue names them one by one.
+            continue
         record["state"] = record["state"].partition(" ")[0]
         found[record["id"]].append(record)
     return found

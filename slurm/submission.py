@@ -243,6 +243,9 @@ def _executor(task: Task, cluster: ClusterRecipe, folder: Path, after: Iterable[
         more["no-kill"] = True
         arguments = ["--kill-on-bad-exit=0", "--no-kill", "--wait=3", *cluster.srun]
         tasks_per_node = 1
+    cpus_per_task = cluster.cpus_per_task * cluster.tasks // tasks_per_node
+    # srun no longer takes it from sbatch (since 22.05), and would give each task one CPU.
+    arguments.insert(0, f"--cpus-per-task={cpus_per_task}")
     parameters = {
         "job_name": task.name,
         "partition": cluster.partition,
@@ -253,7 +256,7 @@ def _executor(task: Task, cluster: ClusterRecipe, folder: Path, after: Iterable[
         "nodes": cluster.nodes,
         "ntasks_per_node": tasks_per_node,
         "gpus_per_node": cluster.gpus_per_node or None,
-        "cpus_per_task": cluster.cpus_per_task * cluster.tasks // tasks_per_node,
+        "cpus_per_task": cpus_per_task,
         "mem": f"{int(cluster.memory_gb * 1024)}M" if cluster.memory_gb else None,
         "signal_delay_s": cluster.signal_before_s,
         "stderr_to_stdout": True,

@@ -17,7 +17,7 @@ from pipelines.loading.prefetch import Prefetcher
 A = TypeVar("A")
 B = TypeVar("B")
 
-_WAITING = 4
+_WAITING = 2
 """Items under way for each thread, so that a slow one holds the others up but little."""
 
 

@@ -7,6 +7,7 @@ its worker.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import pickle
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import accumulate
 
 import numpy as np
@@ -33,7 +35,10 @@ that fills so many bytes of its files."""
 PLACE_BYTES = 2**24
 """Of shared memory for the arrays of one chunk. What does not fit comes through a pipe."""
 
-PLACES = 128
+PIPE_BYTES = 2**20
+"""Of the pipe to a decoder, in place of 64 kB."""
+
+PLACES = 160
 """Enough for the windows in memory. Where none is free, arrays come through pipes."""
 
 Item = Prepared | Reject | Dropped
@@ -65,6 +70,10 @@ class Decoders:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         self._processes.append(process)
+        assert process.stdin
+        with suppress(OSError):
+            # Where there are many pipes the kernel may refuse; then a file takes more turns to go through.
+            fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         _send(process, self._preparation)
         self._idle.put(process)
 

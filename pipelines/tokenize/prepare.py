@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,10 @@ class Prepared:
     def size(self) -> int:
         """Bytes in memory."""
         return sum(part.size for part in self.parts)
+
+    def emptied(self) -> Prepared:
+        """The document without what has gone to the tokenizers, so that its memory is free while codes are on their way."""
+        return replace(self, parts=[part if part.encoded else replace(part, payload="") for part in self.parts])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -42,8 +42,8 @@ class Window:
 
 ON_CPU = Window(documents=64, size=64 * 2**20)
 ON_GPU = Window(documents=256, size=256 * 2**20)
-"""Several batches, so that the GPU need not wait for what comes between two windows. Up to five windows are in memory: two
-being encoded, one being decoded, and one waiting before and behind."""
+"""Several batches, so that the GPU need not wait for what comes between two windows. Up to three are decoded in memory: one
+being filled, one that waits, and one on its way to the GPU."""
 
 Result = Row | Reject | Dropped
 Codes = dict[Modality, list[np.ndarray]]
@@ -131,7 +131,8 @@ class UnitWorker:
         """Each window with its codes. Beside decoders the next window is begun before the codes of one are waited for."""
         begun: list[tuple[list[Item], Callable[[], Codes]]] = []
         for window in windows:
-            begun.append((window, self._start(window)))
+            codes = self._start(window)
+            begun.append(([item.emptied() if isinstance(item, Prepared) else item for item in window], codes))
             if len(begun) > bool(self.decoders):
                 done, codes = begun.pop(0)
                 yield done, codes()

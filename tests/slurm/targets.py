@@ -13,6 +13,7 @@ from slurm import context
 def hello(recipe: str, arguments: Sequence[str]) -> None:
     """Say where this runs, and what it was given."""
     print(f"recipe {Path(recipe).read_text().strip()!r} arguments {list(arguments)}")
+    print(f"gpus {os.environ.get('CUDA_VISIBLE_DEVICES', 'none')}")
     print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} code {Path(__file__).parents[2].name}")
 
 

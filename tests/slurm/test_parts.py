@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.launch import read_cluster, sweep
+from pipelines.launch import read_cluster, sweep, swept
 from pipelines.recipe import RecipeError
 from slurm import code
 from slurm.commands import fields, outside_of_any_job
@@ -150,6 +150,18 @@ def test_sweeps_are_all_combinations() -> None:
     assert sweep([]) == [{}]
     with pytest.raises(RecipeError, match="write KEY=VALUE,VALUE"):
         sweep(["a.b"])
+
+
+def test_each_job_of_a_sweep_has_a_run_folder_of_its_own() -> None:
+    made = swept("pretrain/demo", ["steps=20"], ["optimizer.learning_rate=1e-3,3e-4", "seed=1,2"])
+    assert [(r.optimizer.learning_rate, r.seed, r.steps) for r in made] == [
+        (1e-3, 1, 20),
+        (1e-3, 2, 20),
+        (3e-4, 1, 20),
+        (3e-4, 2, 20),
+    ]
+    assert made[0].output == "demo/run/learning_rate=1e-3_seed=1"
+    assert len({r.output for r in made}) == 4
 
 
 def test_targets_that_are_none_are_refused() -> None:

@@ -42,13 +42,14 @@ def _braid(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_task_runs_the_archived_code_with_recipe_and_arguments(cluster: Cluster, tmp_path: Path) -> None:
-    job = _submit(tmp_path, "hello", "x=1", "y z", nodes=2)
+    job = _submit(tmp_path, "hello", "x=1", "y z", nodes=2, gpus_per_node=2)
     assert await_end(cluster, job) == "COMPLETED", logs(job)
     assert job.folder.stat().st_mode & 0o777 == 0o700
     for rank in range(4):
         said = (job.folder / f"{job.id}_{rank}_log.out").read_text()
         assert "recipe 'a: 1' arguments ['x=1', 'y z']" in said
         assert f"rank {rank} of 4" in said
+        assert "gpus 0,1" in said
         # Unpacked under the archive's own name, not the checkout.
         assert f"code {ROOT.name}\n" not in said
     with zipfile.ZipFile(job.folder / "code.zip") as packed:
@@ -156,6 +157,8 @@ def test_an_array_runs_each_of_its_recipes(cluster: Cluster, tmp_path: Path) -> 
     tasks = [_task("hello", f"n={n}") for n in range(3)]
     job = submit_many(tasks, cluster_recipe(nodes=1, tasks_per_node=1), tmp_path / "jobs/array", at_once=2)
     assert len(job.tasks) == 3
+    with pytest.raises(SlurmError, match=f"job {job.id} is an array: name one of {job.id}_0"):
+        status(job.id)
     for number, each in enumerate(job.tasks):
         assert [s.state for s in jobs.wait(each, 60)][-1] == "COMPLETED", logs(job)
         assert f"arguments ['n={number}']" in (job.folder / f"{each}_0_log.out").read_text()
