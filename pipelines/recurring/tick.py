@@ -96,6 +96,8 @@ class _Reconcile:
     def tick(self, trigger: str) -> Ticked:
         if going_on := self._conclude_what_ended():
             return Ticked(said=going_on)
+        # Told now: a process that sleeps from here on, and is taken for dead, finds the number taken.
+        number = (self.state.numbers() or [0])[-1] + 1
         memory = self._memory()
         if trigger != "tick":
             # Whoever calls by hand has mended something, or wants to know.
@@ -106,7 +108,8 @@ class _Reconcile:
         steps, why = self._chain(found, memory, all_of_it=all_of_it)
         if not steps:
             return Ticked(said="nothing to do: " + "; ".join(f"{step}: {reason}" for step, reason in why.items()))
-        plan = self._plan(trigger, steps, why, found)
+        plan = self._plan(number, trigger, steps, why, found)
+        self.lease.require()
         if not self.state.begin(plan):
             # Only a process that no longer holds the lease, but does not know it yet, can have done that.
             self.lease.require()
@@ -170,11 +173,11 @@ class _Reconcile:
             return look_at_pretrain(self.recipe, self.tokenize, all_of_it=all_of_it)
         return look_at_evaluate(self.recipe) if step == "evaluate" else look_at_export(self.recipe)
 
-    def _plan(self, trigger: str, steps: list[str], why: dict[str, str], found: Found) -> Plan:
+    def _plan(self, number: int, trigger: str, steps: list[str], why: dict[str, str], found: Found) -> Plan:
         pretrain = pretrain_recipe(self.recipe, self.tokenize.dataset) if "pretrain" in steps else None
         before = next(self.state.records(), None)
         return Plan(
-            number=(self.state.numbers() or [0])[-1] + 1,
+            number=number,
             pipeline=self.name,
             trigger=trigger,
             steps=steps,

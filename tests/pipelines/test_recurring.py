@@ -18,7 +18,7 @@ import pytest
 from pipelines.pretrain.stages import claim_stage
 from pipelines.recipe import RecipeError, read_recipe
 from pipelines.recurring.due import added, look_at_export, look_at_inputs, look_at_pretrain
-from pipelines.recurring.lease import Lease
+from pipelines.recurring.lease import Lease, LostError
 from pipelines.recurring.recipe import PipelineRecipe, Retries, pipeline_path, pretrain_recipe, tokenize_recipe
 from pipelines.recurring.state import Outcome, Plan, Result, State
 from pipelines.recurring.tick import Ticked, tick
@@ -210,6 +210,27 @@ def test_while_another_tick_works_this_one_says_who_holds_the_lease(tmp_path: Pa
     assert ticked.held
     assert "nothing done: tick of nightly of" in ticked.said
     assert executor.plans == []
+
+
+def test_a_tick_that_slept_while_another_worked_begins_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken for dead while it lists the sources."""
+    from pipelines.recurring import tick as module
+
+    nightly, executor, other = Nightly(tmp_path), Scripted(), Scripted()
+    real = module.look_at_inputs
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(module, "look_at_inputs", real)
+        (lease,) = nightly.state.lease.glob("*.json")
+        lease.rename(lease.with_suffix(".away"))
+        assert _tick(nightly, other).record
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, "look_at_inputs", slow)
+    with pytest.raises(LostError):
+        _tick(nightly, executor)
+    assert (executor.plans, nightly.state.numbers()) == ([], [1])
+    assert other.plans
 
 
 def test_a_failed_step_is_tried_in_so_many_runs_and_again_when_inputs_come(tmp_path: Path) -> None:
