@@ -58,9 +58,12 @@ class Holder:
     """Such as `tick`."""
     taken: str
     """When, in UTC, by the holder's clock; for people."""
+    token: str
+    """Of this one holding, unlike any other."""
 
     @classmethod
     def me(cls, what: str) -> Self:
+        """This process."""
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -68,6 +71,7 @@ class Holder:
             user=whoami(),
             what=what,
             taken=datetime.now(UTC).isoformat(timespec="seconds"),
+            token=uuid.uuid4().hex,
         )
 
     @property
@@ -85,8 +89,12 @@ class Holder:
 class Lease:
     """A lease that this process holds; a context manager that lets go of it."""
 
-    def __init__(self, folder: Path, generation: int, settings: LeaseSettings) -> None:
+    def __init__(self, folder: Path, generation: int, settings: LeaseSettings, content: bytes) -> None:
+        """Args:
+        content: of the file, by which this holder knows it: a number comes again where somebody has emptied the folder.
+        """
         self.generation = generation
+        self._content = content
         self._file = _file(folder, generation)
         self._settings = settings
         self._until = time.monotonic() + settings.most_h * 3600
@@ -122,7 +130,7 @@ class Lease:
         for older in _generations(folder)[:-1]:
             _file(folder, older).unlink(missing_ok=True)
             _released(folder, older).unlink(missing_ok=True)
-        return cls(folder, generation, settings)
+        return cls(folder, generation, settings, mine)
 
     def require(self) -> None:
         """Make sure, with the file server, that the lease is still held.
@@ -171,6 +179,8 @@ class Lease:
     def _touch(self) -> None:
         try:
             os.utime(self._file)
+            if self._file.read_bytes() != self._content:
+                self._lost = f"it was taken over by {read_holder(self._file.parent)}"
         except FileNotFoundError:
             holder = read_holder(self._file.parent)
             self._lost = f"it was taken over by {holder}" if holder else "its file was removed"
@@ -190,7 +200,7 @@ def read_holder(folder: Path) -> Holder | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
-        return Holder(host="?", pid=0, process="", user="?", what="a damaged lease", taken="?")
+        return Holder(host="?", pid=0, process="", user="?", what="a damaged lease", taken="?", token="")
 
 
 def heartbeat_age_s(folder: Path) -> float:

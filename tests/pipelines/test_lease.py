@@ -133,6 +133,16 @@ def test_a_lease_that_was_removed_by_hand_stops_its_holder(tmp_path: Path) -> No
             lease.require()
 
 
+def test_a_lease_that_was_removed_by_hand_and_taken_by_another_is_not_the_first_ones(tmp_path: Path) -> None:
+    with Lease.take(tmp_path, QUICK, "me") as lease:
+        (tmp_path / "00000001.json").unlink()
+        with Lease.take(tmp_path, QUICK, "another") as other:
+            assert other.generation == lease.generation
+            with pytest.raises(LostError, match="taken over by another of"):
+                lease.require()
+            other.require()
+
+
 def test_no_lease_lives_for_ever(tmp_path: Path) -> None:
     with Lease.take(tmp_path, LeaseSettings(ttl_s=1.0, most_h=0.3 / 3600), "hangs") as lease:
         lease.require()
