@@ -110,7 +110,7 @@ def _train(
     with metrics, Interruption(ranks) as interruption:
         metrics.say(_opening(recipe, loader.index, model, start, ranks))
         if baseline and start == recipe.from_step:
-            metrics.write("baseline", 0, {"loss": baseline.to_json()})
+            metrics.write("baseline", start, {"loss": baseline.to_json()})
         for step in range(start + 1, total + 1):
             seed_step(recipe.seed, step, ranks.rank)
             with metrics.waiting():
