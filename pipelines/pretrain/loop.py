@@ -43,6 +43,7 @@ from pipelines.pretrain.run import (
     write_recipe,
 )
 from pipelines.pretrain.schedule import learning_rate_factor
+from pipelines.pretrain.stages import data_seed, require_stage_start
 from pipelines.pretrain.step import clip_gradients, forward_backward, seed_step
 from pipelines.pretrain.telemetry import attention_peaks, by_modality
 from pipelines.pretrain.validate import CrossEntropy, Validator
@@ -91,7 +92,7 @@ def _train(
     )
     share_codebook_directions(model, vocabulary, recipe.seed)
     optimizer = make_optimizer(model, recipe.optimizer)
-    start = _resume(folder, dataset, loader, model, optimizer, ranks)
+    start = _resume(recipe, dataset, loader, model, optimizer, ranks)
     if ranks.first:
         write_recipe(recipe)
     baseline = unigram_cross_entropy(dataset.statistics(), validator.counts, vocabulary) if validator.targets else None
@@ -108,8 +109,8 @@ def _train(
     )
     with metrics, Interruption(ranks) as interruption:
         metrics.say(_opening(recipe, loader.index, model, start, ranks))
-        if baseline and not start:
-            metrics.write("baseline", 0, {"loss": baseline.to_json()})
+        if baseline and start == recipe.from_step:
+            metrics.write("baseline", start, {"loss": baseline.to_json()})
         for step in range(start + 1, total + 1):
             seed_step(recipe.seed, step, ranks.rank)
             with metrics.waiting():
@@ -162,6 +163,8 @@ def _train(
 def _finished(recipe: PretrainRecipe) -> RunResult | None:
     """What the run came to, if nothing is left to do; a run whose model was deleted has still to export it."""
     finished = read_finished(Path(recipe.output))
+    if finished and finished.steps <= recipe.from_step:
+        return None
     if finished is None or (finished.model / "braid.json").is_file():
         return finished
     if not list_checkpoints(finished.folder / "checkpoints"):
@@ -188,7 +191,7 @@ def _train_loader(recipe: PretrainRecipe, index: Index, ranks: Ranks) -> Loader:
         index.split(validation=False),
         sequences=recipe.batch.sequences,
         micro_batch=recipe.batch.micro_batch,
-        seed=recipe.seed,
+        seed=data_seed(recipe),
         window_tokens=recipe.data.window_tokens,
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -218,7 +221,7 @@ def _validator(recipe: PretrainRecipe, index: Index, ranks: Ranks) -> Validator:
 
 
 def _resume(
-    folder: Path,
+    recipe: PretrainRecipe,
     dataset: Dataset,
     loader: Loader,
     model: ShardedTransformer,
@@ -226,13 +229,15 @@ def _resume(
     ranks: Ranks,
 ) -> int:
     """Put everything back where the newest checkpoint was; the steps taken until then, 0 without a checkpoint."""
-    saved = list_checkpoints(folder / "checkpoints")
+    saved = list_checkpoints(Path(recipe.output) / "checkpoints")
+    require_stage_start(recipe, saved)
     if not saved:
         return 0
     trained_on = Vocabulary.from_dict(read_checkpoint(saved[-1]).vocabulary)
     trained_on.require_same(dataset.vocabulary, this=str(saved[-1]), that=dataset.uri)
     checkpoint = load_checkpoint(saved[-1], model, optimizer, ranks)
-    loader.load_state_dict(dict(checkpoint.loader))
+    if checkpoint.step != recipe.from_step:
+        loader.load_state_dict(dict(checkpoint.loader))
     return checkpoint.step
 
 
