@@ -43,6 +43,9 @@ PIPELINE_POINTS = (
 )
 """In the order in which a recurring pipeline passes them; from `step_begins` to `step_ended` they lie in a step's process."""
 
+SAVE_POINTS = ("while_saving", "before_rename")
+"""Those of a checkpoint: its data is written, its record too. A training process passes them."""
+
 _ARMED = os.environ.get("BRAID_CRASH", "")
 _passed = 0
 

@@ -123,8 +123,10 @@ def pretrain_cost(recipes: Sequence[PretrainRecipe], cluster: ClusterRecipe) -> 
 
     flops = size = 0.0
     for recipe in recipes:
-        dataset = Dataset.open(recipe.data.dataset, recipe.data.version)
-        parameters = model_config(recipe, dataset.vocabulary).num_parameters()
+        # All datasets of a mixture have one vocabulary.
+        first = recipe.data.parts[0]
+        vocabulary = recipe.data.view_of(Dataset.open(first.dataset, first.version).vocabulary)
+        parameters = model_config(recipe, vocabulary).num_parameters()
         flops += 6 * parameters * recipe.total_steps * recipe.tokens_per_step
         # Weights and two moments in fp32; a checkpoint is written before the oldest goes. The exported model is weights.
         size += parameters * (12 * (recipe.checkpoints.keep + 1) + 4)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pipelines.interleave import MEDIA_OPENING
 from pipelines.loading.duplicates import copies
+from pipelines.loading.reading import MEDIA_COLUMNS
 from pipelines.sequence import Modality, Vocabulary
 from pipelines.shards.reader import open_shard
 from pipelines.shards.split import is_validation
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 Bools = NDArray[np.bool_]
-
-_SPAN_COLUMNS = [f"spans.list.element.{name}" for name in ("modality", "start", "length")]
 
 
 class LoadingError(ValueError):
@@ -89,22 +88,27 @@ class Index:
     """Whether the document is held out."""
     duplicates: int
     """Documents of the version that are left out because another one, of either split, has the same content."""
+    codebooks: int | None = None
+    """A view keeps so many of the first audio codebooks; None keeps all. Lengths and cuts are those of the view."""
 
     @classmethod
-    def build(cls, dataset: Snapshot, sequence_length: int) -> Index:
+    def build(cls, dataset: Snapshot, sequence_length: int, codebooks: int | None = None) -> Index:
         """Index all documents of the dataset's version.
 
         Args:
             sequence_length: the most tokens that a piece may have.
+            codebooks: how many of the first audio codebooks to keep; None keeps all.
 
         Raises:
             LoadingError: media spans do not fit the sequence length; it names the longest, its row, and the remedy.
+            VocabularyError: the dataset has fewer codebooks.
         """
+        view = _View(dataset, codebooks)
         blocks: list[Block] = []
         too_long: list[_TooLong] = []
         parts: list[tuple[NDArray[np.generic], ...]] = [_empty()]
         for shard in dataset.shards():
-            for block, part in _read_shard(dataset, shard, sequence_length, too_long):
+            for block, part in _read_shard(view, shard, sequence_length, too_long):
                 parts.append((np.full(len(part[0]), len(blocks), np.int32), *part))
                 blocks.append(block)
         if too_long:
@@ -128,6 +132,7 @@ class Index:
             ends=ends.astype(np.bool_),
             validation=validation.astype(np.bool_),
             duplicates=0,
+            codebooks=view.codebooks,
         )
         return index._distinct() if dataset.duplicates == "drop" else index
 
@@ -145,6 +150,11 @@ class Index:
     def _only(self, keep: Bools) -> Index:
         names = ("block", "row", "start", "length", "ends", "validation")
         return replace(self, **{name: getattr(self, name)[keep] for name in names})
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What the ids of the batches mean: the dataset's, or that of the view."""
+        return _View(self.dataset, self.codebooks).vocabulary
 
     @cached_property
     def tokens(self) -> int:
@@ -181,21 +191,55 @@ _TooLong = tuple[int, str]
 """Tokens that the longest media span of a row needs, and the row's id."""
 
 
+class _View:
+    """How long documents and spans are with the first codebooks alone."""
+
+    def __init__(self, dataset: Snapshot, codebooks: int | None) -> None:
+        self.dataset = dataset
+        whole = dataset.vocabulary
+        # A view of everything is no view.
+        self.codebooks = None if codebooks == whole.audio_codebooks else codebooks
+        self.vocabulary = whole if self.codebooks is None else whole.first_codebooks(self.codebooks)
+        self._of = whole.audio_codebooks
+
+    def lengths(self, table: pa.Table) -> Int32s:
+        """int32 [rows]: tokens of each document."""
+        tokens: Int32s = table["num_tokens"].to_numpy()
+        return tokens if self.codebooks is None else tokens - self._dropped(table["num_audio"].to_numpy())
+
+    def spans(self, spans: Sequence[dict[str, int]]) -> list[tuple[int, int, int]]:
+        """(modality, start, length) of the spans of a document."""
+        kept: list[tuple[int, int, int]] = []
+        dropped = 0
+        for span in spans:
+            audio = self.codebooks is not None and span["modality"] == Modality.AUDIO
+            less = int(self._dropped(span["length"])) if audio else 0
+            kept.append((span["modality"], span["start"] - dropped, span["length"] - less))
+            dropped += less
+        return kept
+
+    def _dropped(self, audio: Any) -> Any:
+        """How many of so many audio tokens go."""
+        assert self.codebooks is not None
+        return audio // self._of * (self._of - self.codebooks)
+
+
 def _read_shard(
-    dataset: Snapshot, shard: Shard, sequence_length: int, too_long: list[_TooLong]
+    view: _View, shard: Shard, sequence_length: int, too_long: list[_TooLong]
 ) -> Iterator[tuple[Block, tuple[NDArray[np.generic], ...]]]:
     """For each row group: (row, start, length, ends, validation) of its pieces; rows that cannot be cut to `too_long`."""
-    with open_shard(dataset.storage, shard.name) as file:
+    columns = ["source", "num_tokens", "num_text", *(["num_audio"] if view.codebooks is not None else [])]
+    with open_shard(view.dataset.storage, shard.name) as file:
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns=["source", "num_tokens", "num_text"], use_threads=False)
-            lengths = table["num_tokens"].to_numpy()
-            held_out = _held_out(table["source"], dataset.validation_share)
+            table = file.read_row_group(group, columns=columns, use_threads=False)
+            lengths = view.lengths(table)
+            held_out = _held_out(table["source"], view.dataset.validation_share)
             with_media = np.flatnonzero((lengths > sequence_length) & (table["num_text"].to_numpy() < lengths))
             cuts: dict[int, list[int]] = {}
             if len(with_media):
-                media = file.read_row_group(group, columns=["row_id", *_SPAN_COLUMNS], use_threads=False)
+                media = file.read_row_group(group, columns=["row_id", *MEDIA_COLUMNS], use_threads=False)
                 for row in with_media.tolist():
-                    indivisible = _indivisible(media["spans"][row].as_py())
+                    indivisible = _indivisible(view.spans(media["spans"][row].as_py()))
                     needed = max(stop - start for start, stop in indivisible)
                     if needed > sequence_length:
                         too_long.append((needed, media["row_id"][row].as_py()))
@@ -226,13 +270,13 @@ def _pieces(lengths: Int32s, sequence_length: int, cuts: dict[int, list[int]]) -
     return row, start, length
 
 
-def _indivisible(spans: Sequence[dict[str, int]]) -> list[tuple[int, int]]:
-    """The ranges [start, stop) of a document that no cut may enter: its media spans with their opening tokens."""
-    return [
-        (span["start"] - MEDIA_OPENING, span["start"] + span["length"])
-        for span in spans
-        if span["modality"] != Modality.TEXT
-    ]
+def _indivisible(spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """The ranges [start, stop) of a document that no cut may enter: its media spans with their opening tokens.
+
+    Args:
+        spans: (modality, start, length) each.
+    """
+    return [(start - MEDIA_OPENING, start + length) for modality, start, length in spans if modality != Modality.TEXT]
 
 
 def _cuts(indivisible: list[tuple[int, int]], length: int, sequence_length: int) -> list[int]:

@@ -25,7 +25,9 @@ def unigram_cross_entropy(whole: Statistics, held_out: TokenCounts, vocabulary: 
     text = whole.text_counts.copy()
     # A document's opening token is predicted by nobody.
     text[vocabulary.document] = 0
-    fitted = TokenCounts(text - held_out.text, whole.image_counts - held_out.image, whole.audio_counts - held_out.audio)
+    # A view has the first codebooks alone.
+    audio = whole.audio_counts[: vocabulary.audio_codebooks]
+    fitted = TokenCounts(text - held_out.text, whole.image_counts - held_out.image, audio - held_out.audio)
     sums, counts = [], []
     for train, evaluated in zip(fitted.groups(), held_out.groups(), strict=True):
         smoothed = train + 1.0

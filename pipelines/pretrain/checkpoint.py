@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,18 +27,23 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from pipelines.crash import crash_point
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer
 from pipelines.sequence import Vocabulary
-from pipelines.shards.storage import sync
+from pipelines.shards.storage import DiskFullError, naming_a_full_disk, sync
 
-FORMAT_VERSION = 1
-"""Raised when the layout of a checkpoint changes."""
+FORMAT_VERSION = 2
+"""Raised when the layout of a checkpoint changes. 2: the loader's place has stages and a position for each dataset."""
 
 _NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the message names the file and the remedy."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """Bytes of a checkpoint are not those that were written. A run goes on from the one before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,49 +58,117 @@ class Checkpoint:
     """The resolved recipe."""
     vocabulary: Mapping[str, Any]
     """`Vocabulary.to_dict`."""
+    guard: Mapping[str, Any]
+    """`Guard.state_dict`: what losses were usual."""
 
 
-def save_checkpoint(
-    folder: Path, checkpoint: Checkpoint, model: ShardedTransformer, optimizer: torch.optim.Optimizer, ranks: Ranks
+def state_of(model: ShardedTransformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights and moments as DCP takes them, sharing the memory of the model and the optimizer."""
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments}
+
+
+def write_checkpoint(
+    folder: Path, checkpoint: Checkpoint, state: dict[str, Any], ranks: Ranks, group: dist.ProcessGroup | None = None
 ) -> Path:
-    """Write a checkpoint; every rank must call it. Returns its folder."""
+    """Write a checkpoint of this state; every rank must call it, and on all of them it succeeds or fails.
+
+    Args:
+        group: what the ranks talk through; None is the default group.
+
+    Raises:
+        DiskFullError, SaveError: it could not be written, on whichever rank; nothing is left of it.
+    """
     final = folder / _name(checkpoint.step)
     partial = folder / f".{final.name}.partial"
-    if ranks.first:
-        # What stands there is the rest of a run that died while saving.
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial / "state")
-    sums = _gather_sums(partial, ranks)
-    if ranks.first:
-        vocabulary = Vocabulary.from_dict(checkpoint.vocabulary)
-        record = {
-            "format_version": FORMAT_VERSION,
-            **asdict(checkpoint),
-            "fingerprint": vocabulary.fingerprint,
-            "world_size": ranks.world_size,
-            "code": {"braid": code_version(), "torch": torch.__version__},
-            "files": sums,
-        }
-        record["sha256"] = _sha256_of_record(record)
-        (partial / "checkpoint.json").write_text(json.dumps(record, indent=1))
-        for path in (*(partial / name for name in sums), partial / "checkpoint.json", partial / "state", partial):
-            sync(path)
-        partial.rename(final)
-        sync(folder)
-    dist.barrier()
+
+    def together(work: Callable[[], Any]) -> Any:
+        return _together(work, folder, ranks, group)
+
+    try:
+        together(lambda: _make_room(partial) if ranks.first else None)
+        together(lambda: dcp.save(state, checkpoint_id=partial / "state", process_group=group))
+        names = sorted(str(p.relative_to(partial)) for p in (partial / "state").iterdir())
+        mine = names[ranks.rank :: ranks.world_size]
+        sums = {k: v for part in together(lambda: _sums(partial, mine)) for k, v in part.items()}
+        together(lambda: _finish(partial, final, checkpoint, sums, ranks) if ranks.first else None)
+    except Exception:
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
-def prune_checkpoints(folder: Path, keep: int, ranks: Ranks) -> None:
-    """Delete all but the newest checkpoints, and what runs that died while saving or deleting have left."""
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
+def _together(work: Callable[[], Any], folder: Path, ranks: Ranks, group: dist.ProcessGroup | None) -> list[Any]:
+    """Do something on every rank; what it gave on each, or an error on all of them if it failed on any."""
+    result, fault, full = None, None, False
+    try:
+        with naming_a_full_disk(folder):
+            result = work()
+    except Exception as error:
+        # DCP wraps what went wrong on any rank into an error of its own.
+        fault = f"{type(error).__name__}: {error}"
+        full = isinstance(error, DiskFullError) or "No space left on device" in fault or "Disk quota" in fault
+    outcomes: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(outcomes, (result, fault, full), group=group)
+    if any(full for _, _, full in outcomes):
+        raise DiskFullError(
+            f"{folder}: the disk is full, so this checkpoint could not be saved; those before it are whole. Free space "
+            "there, or lower checkpoints.keep"
+        )
+    if fault := next((fault for _, fault, _ in outcomes if fault), None):
+        raise SaveError(f"{folder}: this checkpoint could not be saved; those before it are whole ({fault})")
+    return [result for result, _, _ in outcomes]
+
+
+def _make_room(partial: Path) -> None:
+    # What stands there is the rest of a run that died while saving.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _sums(partial: Path, names: list[str]) -> dict[str, str]:
+    for name in names:
+        sync(partial / name)
+    crash_point("while_saving")
+    return {name: sha256_of(partial / name) for name in names}
+
+
+def _finish(partial: Path, final: Path, checkpoint: Checkpoint, sums: dict[str, str], ranks: Ranks) -> None:
+    record = {
+        "format_version": FORMAT_VERSION,
+        **asdict(checkpoint),
+        "fingerprint": Vocabulary.from_dict(checkpoint.vocabulary).fingerprint,
+        "world_size": ranks.world_size,
+        "code": {"braid": code_version(), "torch": torch.__version__},
+        "files": dict(sorted(sums.items())),
+    }
+    record["sha256"] = _sha256_of_record(record)
+    (partial / "checkpoint.json").write_text(json.dumps(record, indent=1))
+    for path in (partial / "checkpoint.json", partial / "state", partial):
+        sync(path)
+    crash_point("before_rename")
+    partial.rename(final)
+    sync(final.parent)
+
+
+def prune_checkpoints(folder: Path, keep: int, ranks: Ranks, keep_every: int | None = None) -> None:
+    """Delete all but the newest checkpoints, and what runs that died while saving or deleting have left.
+
+    Args:
+        keep_every: keep those of steps that this divides, too.
+    """
     if not ranks.first:
         return
     for rest in folder.glob(".step-*"):
         shutil.rmtree(rest)
     for path in list_checkpoints(folder)[:-keep]:
+        if keep_every and step_of(path) % keep_every == 0:
+            continue
         # Renamed first, so that no half-deleted checkpoint is ever found.
         doomed = path.rename(path.with_name(f".{path.name}.deleted"))
         shutil.rmtree(doomed)
@@ -104,7 +177,47 @@ def prune_checkpoints(folder: Path, keep: int, ranks: Ranks) -> None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named for."""
+    return int(path.name.removeprefix("step-"))
+
+
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """What its record says of a checkpoint, in plain words.
+
+    Raises:
+        CheckpointError: see `read_checkpoint`.
+    """
+    record = _record(path)
+    return {
+        "step": record["step"],
+        "world_size": record["world_size"],
+        "fingerprint": record["fingerprint"],
+        **record["code"],
+    }
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name under which no run goes on from it, for people to look at."""
+    number = 1
+    while (target := path.with_name(f"damaged-{path.name}-{number}")).exists():
+        number += 1
+    return path.rename(target)
+
+
+def verify_checkpoint(path: Path) -> Checkpoint:
+    """Read every byte of a checkpoint and compare it with its sha256.
+
+    Raises:
+        CheckpointError: see `read_checkpoint`; or a file is missing or damaged.
+    """
+    checkpoint = read_checkpoint(path)
+    if fault := _first_fault(path, sorted(_record(path)["files"]), _record(path)["files"]):
+        raise DamagedCheckpointError(f"{fault}; {_remedy(path)}")
+    return checkpoint
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -127,9 +240,10 @@ def load_checkpoint(
     """
     checkpoint = read_checkpoint(path)
     faults: list[str | None] = [None] * ranks.world_size
-    dist.all_gather_object(faults, _first_fault(path, _record(path)["files"], ranks))
+    files = _record(path)["files"]
+    dist.all_gather_object(faults, _first_fault(path, sorted(files)[ranks.rank :: ranks.world_size], files))
     if fault := next((f for f in faults if f), None):
-        raise CheckpointError(f"{fault}; {_remedy(path)}")
+        raise DamagedCheckpointError(f"{fault}; {_remedy(path)}")
     weights, moments = get_state_dict(model, optimizer)
     # It fills the tensors in place; numbers such as the step count of the optimizer are replaced in the dictionaries.
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path / "state")
@@ -151,18 +265,8 @@ def code_version() -> str:
         return "not installed"
 
 
-def _gather_sums(partial: Path, ranks: Ranks) -> dict[str, str]:
-    """sha256 by name of all files; each rank reads the files that it wrote."""
-    dist.barrier()
-    names = sorted(str(p.relative_to(partial)) for p in (partial / "state").iterdir())
-    mine = {name: sha256_of(partial / name) for name in names[ranks.rank :: ranks.world_size]}
-    parts: list[dict[str, str]] = [{}] * ranks.world_size
-    dist.all_gather_object(parts, mine)
-    return {name: part[name] for part in parts for name in part}
-
-
-def _first_fault(path: Path, files: Mapping[str, str], ranks: Ranks) -> str | None:
-    for name in sorted(files)[ranks.rank :: ranks.world_size]:
+def _first_fault(path: Path, names: Sequence[str], files: Mapping[str, str]) -> str | None:
+    for name in names:
         if not (path / name).is_file():
             return f"{path / name} is missing"
         if sha256_of(path / name) != files[name]:
@@ -176,18 +280,23 @@ def _record(path: Path) -> dict[str, Any]:
         record = json.loads(file.read_bytes())
         written = record["format_version"]
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing, so {path} is no Braid checkpoint; {_remedy(path)}") from error
+        raise DamagedCheckpointError(f"{file} is missing, so {path} is no Braid checkpoint; {_remedy(path)}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged or not Braid's; {_remedy(path)}") from error
+        raise DamagedCheckpointError(f"{file} is damaged or not Braid's; {_remedy(path)}") from error
     if written != FORMAT_VERSION:
-        raise CheckpointError(f"{file}: written in format {written}, this Braid reads {FORMAT_VERSION}; update Braid")
+        raise CheckpointError(
+            f"{file}: written in format {written}, this Braid reads {FORMAT_VERSION}; use the version "
+            "of Braid that wrote it, or a newer one"
+        )
     missing = sorted({*Checkpoint.__dataclass_fields__, "files", "sha256"} - record.keys())
     if missing:
-        raise CheckpointError(f"{file} is damaged: it has no {missing[0]}; {_remedy(path)}")
+        raise DamagedCheckpointError(f"{file} is damaged: it has no {missing[0]}; {_remedy(path)}")
     if record["sha256"] != _sha256_of_record(record):
-        raise CheckpointError(f"{file} is damaged: its sha256 is not the one that it names; {_remedy(path)}")
+        raise DamagedCheckpointError(f"{file} is damaged: its sha256 is not the one that it names; {_remedy(path)}")
     if path.name != _name(record["step"]):
-        raise CheckpointError(f"{file} is of step {record['step']}, unlike the name of its folder; {_remedy(path)}")
+        raise DamagedCheckpointError(
+            f"{file} is of step {record['step']}, unlike the name of its folder; {_remedy(path)}"
+        )
     return dict(record)
 
 

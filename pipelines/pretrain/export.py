@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from model import UnifiedTransformer, UnifiedTransformerConfig
-from pipelines.pretrain.checkpoint import CheckpointError, code_version, sha256_of
+from pipelines.pretrain.checkpoint import CheckpointError, code_version, sha256_of, verify_checkpoint
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer
+from pipelines.pretrain.recipe import PretrainRecipe, model_config
 from pipelines.sequence import Vocabulary
 from pipelines.shards.storage import sync
 
@@ -39,12 +42,53 @@ def export_model(
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(dict[str, torch.Tensor], get_model_state_dict(model, options=options))
-    if not ranks.first:
-        return
+    if ranks.first:
+        _write(folder, weights, model.config, vocabulary, about)
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, about: Mapping[str, Any] | None = None) -> None:
+    """Write the model of a checkpoint to a folder, in one process and without a device.
+
+    Args:
+        checkpoint: its folder; its files are compared with their sha256 first.
+        about: what `load_model` shall give back; by default what the checkpoint itself tells.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    record = verify_checkpoint(checkpoint)
+    recipe = PretrainRecipe.model_validate_json(json.dumps(record.recipe), strict=True)
+    vocabulary = Vocabulary.from_dict(record.vocabulary)
+    config = model_config(recipe, vocabulary)
+    model = UnifiedTransformer(replace(config, device="cpu"))
+    weights = model.state_dict()
+    dcp.load({"model": weights}, checkpoint_id=checkpoint / "state", no_dist=True)
+    told = {
+        "step": record.step,
+        "tokens": record.step * recipe.tokens_per_step,
+        "datasets": [{"dataset": part.dataset, "version": part.version} for part in recipe.data.parts],
+        "recipe": dict(record.recipe),
+    }
+    _write(folder, _once(weights), config, vocabulary, told if about is None else about)
+
+
+def _once(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tied weights under their first name alone, because the model ties them again."""
+    seen: dict[int, str] = {}
+    return {name: tensor for name, tensor in weights.items() if seen.setdefault(tensor.data_ptr(), name) == name}
+
+
+def _write(
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    config: UnifiedTransformerConfig,
+    vocabulary: Vocabulary,
+    about: Mapping[str, Any],
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "braid.json").unlink(missing_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1))
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
     # safetensors makes files that nobody else may read; a model is as readable as what stands beside it.
     (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
     (folder / "vocabulary.json").write_text(json.dumps(vocabulary.to_dict(), indent=1))

@@ -6,7 +6,7 @@ is killed at any moment and made again ends with what an undisturbed one ends wi
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,20 @@ import torch.distributed as dist
 import yaml
 from rich.console import Console
 
-from pipelines.loading import Index, Loader
+from pipelines.loading import Loader
 from pipelines.pretrain.baseline import unigram_cross_entropy
 from pipelines.pretrain.checkpoint import (
     Checkpoint,
+    DamagedCheckpointError,
     list_checkpoints,
     load_checkpoint,
-    prune_checkpoints,
     read_checkpoint,
-    save_checkpoint,
+    set_aside,
+    step_of,
 )
-from pipelines.pretrain.export import export_model
+from pipelines.pretrain.data import RunData, make_validator, open_data, train_loader
+from pipelines.pretrain.export import export_checkpoint, export_model
+from pipelines.pretrain.faults import Guard, Watchdog, stacks_left, take_step
 from pipelines.pretrain.initialization import share_codebook_directions
 from pipelines.pretrain.interruption import Interruption, lost_ranks
 from pipelines.pretrain.metrics import Metrics
@@ -37,18 +40,17 @@ from pipelines.pretrain.run import (
     RunResult,
     claim_folder,
     hold_folder,
-    pin_version,
     read_finished,
     write_finished,
     write_recipe,
 )
+from pipelines.pretrain.saving import Saver
 from pipelines.pretrain.schedule import learning_rate_factor
 from pipelines.pretrain.stages import data_seed, require_stage_start
 from pipelines.pretrain.step import clip_gradients, forward_backward, seed_step
 from pipelines.pretrain.telemetry import attention_peaks, by_modality
 from pipelines.pretrain.validate import CrossEntropy, Validator
 from pipelines.sequence import Vocabulary
-from pipelines.shards.dataset import Dataset
 
 
 def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
@@ -69,17 +71,16 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
         recipe = claim_folder(recipe)
         if finished := _finished(recipe):
             return finished
-        dataset = _open_dataset(recipe, ranks)
-        recipe = pin_version(recipe, dataset.version)
-        index = Index.build(dataset, recipe.data.sequence_length)
-        with _train_loader(recipe, index, ranks) as loader:
-            return _train(recipe, dataset, loader, _validator(recipe, index, ranks), ranks, console or Console())
+        data = open_data(recipe, ranks)
+        recipe = data.recipe
+        with train_loader(data, ranks, data_seed(recipe)) as loader:
+            return _train(recipe, data, loader, make_validator(data, ranks), ranks, console or Console())
 
 
 def _train(
-    recipe: PretrainRecipe, dataset: Dataset, loader: Loader, validator: Validator, ranks: Ranks, console: Console
+    recipe: PretrainRecipe, data: RunData, loader: Loader, validator: Validator, ranks: Ranks, console: Console
 ) -> RunResult:
-    folder, vocabulary, total = Path(recipe.output), dataset.vocabulary, recipe.total_steps
+    folder, vocabulary, total = Path(recipe.output), data.vocabulary, recipe.total_steps
     model = build_model(
         model_config(recipe, vocabulary),
         ranks,
@@ -92,10 +93,13 @@ def _train(
     )
     share_codebook_directions(model, vocabulary, recipe.seed)
     optimizer = make_optimizer(model, recipe.optimizer)
-    start = _resume(recipe, dataset, loader, model, optimizer, ranks)
+    guard = Guard(recipe.faults, ranks.device)
+    start = _resume(recipe, data, loader, model, optimizer, guard, ranks, console)
     if ranks.first:
+        for path in stacks_left(folder):
+            console.print(f"THE RUN BEFORE HUNG: see the stacks in {path}", style="bold red", soft_wrap=True)
         write_recipe(recipe)
-    baseline = unigram_cross_entropy(dataset.statistics(), validator.counts, vocabulary) if validator.targets else None
+    baseline = unigram_cross_entropy(data.statistics(), validator.counts, vocabulary) if validator.targets else None
     validation: CrossEntropy | None = None
     weights = recipe.loss_weights.model_dump()
     metrics = Metrics(
@@ -104,11 +108,19 @@ def _train(
         total_steps=total,
         tokens_per_step=recipe.tokens_per_step,
         settings=recipe.logging,
+        most_not_numbers=recipe.faults.nonfinite_steps,
         console=console,
         enabled=ranks.first,
     )
-    with metrics, Interruption(ranks) as interruption:
-        metrics.say(_opening(recipe, loader.index, model, start, ranks))
+    exports = _exporter(recipe, data) if recipe.checkpoints.export else None
+    saver = Saver(folder / "checkpoints", recipe.checkpoints, ranks, metrics.say, exports)
+    with (
+        Watchdog(folder, recipe.faults, ranks.rank) as watchdog,
+        metrics,
+        Interruption(ranks) as interruption,
+        saver,
+    ):
+        metrics.say(_opening(recipe, loader, model, start, ranks))
         if baseline and start == recipe.from_step:
             metrics.write("baseline", start, {"loss": baseline.to_json()})
         for step in range(start + 1, total + 1):
@@ -121,14 +133,17 @@ def _train(
             norm = clip_gradients(model, recipe.gradient_clip)
             learning_rate = recipe.optimizer.learning_rate * learning_rate_factor(recipe.schedule, step - 1, total)
             set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
+            verdict = guard.check(losses, norm)
+            take_step(optimizer, verdict)
             optimizer.zero_grad()
-            metrics.step(step, losses, norm, learning_rate)
+            metrics.step(step, losses, norm, learning_rate, verdict)
+            watchdog.alive()
             if validator.targets and _due(step, recipe.validation.every, total):
                 with metrics.pause():
                     validation = validator.evaluate(model)
                     metrics.write("telemetry", step, attention_peaks(model, batch.micro_batches[0], ranks))
-                metrics.validation(step, validation, baseline)
+                metrics.validation(step, validation, baseline, validator.by_dataset)
+                watchdog.alive()
             interrupted = interruption.agreed()
             if interrupted or _due(step, recipe.checkpoints.every, total):
                 with metrics.pause():
@@ -137,15 +152,18 @@ def _train(
                         loader=loader.state_dict(),
                         recipe=recipe.model_dump(mode="json"),
                         vocabulary=vocabulary.to_dict(),
+                        guard=guard.state_dict(),
                     )
-                    save_checkpoint(folder / "checkpoints", state, model, optimizer, ranks)
-                    prune_checkpoints(folder / "checkpoints", recipe.checkpoints.keep, ranks)
+                    saver.save(state, model, optimizer)
+                    if interrupted:
+                        saver.wait(last=True)
+                watchdog.alive()
             if interrupted and step < total:
                 interruption.stop(step)
     if validation is None and validator.targets:
         # The run was stopped between its last checkpoint and its end.
         validation = validator.evaluate(model)
-    export_model(folder / "model", model, vocabulary, _about(recipe, dataset), ranks)
+    export_model(folder / "model", model, vocabulary, _about(recipe, data), ranks)
     result = RunResult(
         folder=folder,
         steps=total,
@@ -179,91 +197,99 @@ def _due(step: int, every: int, total: int) -> bool:
     return step == total or (every > 0 and step % every == 0)
 
 
-def _open_dataset(recipe: PretrainRecipe, ranks: Ranks) -> Dataset:
-    """The same version on all ranks, also while a job is adding to the dataset."""
-    dataset = Dataset.open(recipe.data.dataset, recipe.data.version)
-    version = ranks.agree(dataset.version)
-    return dataset if dataset.version == version else Dataset.open(recipe.data.dataset, version)
-
-
-def _train_loader(recipe: PretrainRecipe, index: Index, ranks: Ranks) -> Loader:
-    return Loader(
-        index.split(validation=False),
-        sequences=recipe.batch.sequences,
-        micro_batch=recipe.batch.micro_batch,
-        seed=data_seed(recipe),
-        window_tokens=recipe.data.window_tokens,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        target_sizes=recipe.data.target_sizes,
-        prefetch=recipe.data.prefetch,
-        pin_memory=ranks.device.type == "cuda",
-    )
-
-
-def _validator(recipe: PretrainRecipe, index: Index, ranks: Ranks) -> Validator:
-    sequences = recipe.batch.micro_batch * ranks.world_size
-    loader = Loader(
-        index.split(validation=True),
-        sequences=sequences,
-        micro_batch=recipe.batch.micro_batch,
-        # Runs of different seeds are compared on the same sequences.
-        seed=0,
-        window_tokens=recipe.data.window_tokens,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        endless=False,
-        target_sizes=recipe.data.target_sizes,
-        prefetch=0,
-    )
-    most = None if recipe.validation.sequences is None else -(-recipe.validation.sequences // sequences)
-    return Validator(islice(loader, most), index.dataset.vocabulary, ranks)
-
-
 def _resume(
     recipe: PretrainRecipe,
-    dataset: Dataset,
+    data: RunData,
     loader: Loader,
     model: ShardedTransformer,
     optimizer: torch.optim.Optimizer,
+    guard: Guard,
     ranks: Ranks,
+    console: Console,
 ) -> int:
-    """Put everything back where the newest checkpoint was; the steps taken until then, 0 without a checkpoint."""
+    """Put everything back where the newest whole checkpoint was; the steps taken until then, 0 without a checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none of them is whole.
+        StageError: the checkpoint that this stage goes on from is gone, or damaged.
+    """
     saved = list_checkpoints(Path(recipe.output) / "checkpoints")
     require_stage_start(recipe, saved)
-    if not saved:
-        return 0
-    trained_on = Vocabulary.from_dict(read_checkpoint(saved[-1]).vocabulary)
-    trained_on.require_same(dataset.vocabulary, this=str(saved[-1]), that=dataset.uri)
-    checkpoint = load_checkpoint(saved[-1], model, optimizer, ranks)
-    if checkpoint.step != recipe.from_step:
-        loader.load_state_dict(dict(checkpoint.loader))
-    return checkpoint.step
+    damaged: list[tuple[Path, DamagedCheckpointError]] = []
+    for path in reversed(saved):
+        try:
+            require_stage_start(recipe, [path])
+            trained_on = Vocabulary.from_dict(read_checkpoint(path).vocabulary)
+            trained_on.require_same(data.vocabulary, this=str(path), that=data.first.uri)
+            checkpoint = load_checkpoint(path, model, optimizer, ranks)
+        except DamagedCheckpointError as error:
+            damaged.append((path, error))
+            continue
+        for bad, fault in damaged if ranks.first else ():
+            console.print(
+                f"DAMAGED CHECKPOINT: {fault}. It was moved to {set_aside(bad)}, and the run goes on from {path.name}.",
+                style="bold red",
+                markup=False,
+                soft_wrap=True,
+            )
+        guard.load_state_dict(checkpoint.guard)
+        if checkpoint.step != recipe.from_step:
+            # A stage begins with data of its own.
+            loader.load_state_dict(dict(checkpoint.loader))
+        return checkpoint.step
+    if damaged:
+        # Starting over would throw away what took days, so that is for a person to decide.
+        raise damaged[0][1]
+    return 0
 
 
-def _opening(recipe: PretrainRecipe, index: Index, model: ShardedTransformer, start: int, ranks: Ranks) -> str:
+def _opening(recipe: PretrainRecipe, loader: Loader, model: ShardedTransformer, start: int, ranks: Ranks) -> str:
     begun = f"Going on from step {start:,} of {recipe.total_steps:,}" if start else f"{recipe.total_steps:,} steps"
     backend = model.attention_backend_for(ranks.device, torch.float32 if recipe.precision == "fp32" else torch.bfloat16)
-    without = f", {index.duplicates:,} duplicates left out" if index.duplicates else ""
     ranks_used = f"{ranks.world_size} x {ranks.device.type}" if ranks.world_size > 1 else ranks.device.type
-    return (
-        f"{begun} of {recipe.tokens_per_step:,} tokens, in {recipe.output}\n"
-        f"model: {model.config.num_parameters():,} parameters, {recipe.precision} on {ranks_used}, attention by "
-        f"{backend}\n"
-        f"data: {index.documents:,} documents of {index.tokens:,} tokens to train on, from {index.dataset.uri} version "
-        f"{index.dataset.version}{without}"
-    )
+    lines = [
+        f"{begun} of {recipe.tokens_per_step:,} tokens, in {recipe.output}",
+        f"model: {model.config.num_parameters():,} parameters, {recipe.precision} on {ranks_used}, attention by {backend}",
+    ]
+    for number, stage in enumerate(loader.stages, start=1):
+        of = f"stage {number}, " if len(loader.stages) > 1 else ""
+        total = sum(component.weight for component in stage.components)
+        for component in stage.components:
+            index = component.index
+            share = f"{component.weight / total:.1%} from " if len(stage.components) > 1 else ""
+            without = f", {index.duplicates:,} duplicates left out" if index.duplicates else ""
+            lines.append(
+                f"data: {of}{share}{index.documents:,} documents of {index.tokens:,} tokens to train on, from "
+                f"{index.dataset.uri} version {index.dataset.version}{without}"
+            )
+    return "\n".join(lines)
 
 
-def _about(recipe: PretrainRecipe, dataset: Dataset) -> dict[str, Any]:
+def _exporter(recipe: PretrainRecipe, data: RunData) -> Callable[[Path], None]:
+    """Exports the model of a checkpoint, beside those of others."""
+
+    def export(checkpoint: Path) -> None:
+        about = _about(recipe, data)
+        step = step_of(checkpoint)
+        about |= {"step": step, "tokens": step * recipe.tokens_per_step}
+        export_checkpoint(checkpoint, Path(recipe.output) / "exports" / checkpoint.name, about)
+
+    return export
+
+
+def _about(recipe: PretrainRecipe, data: RunData) -> dict[str, Any]:
     """What a model's user needs beside its weights."""
-    names = dataset.storage.names("recipes")
-    tokenized_by = yaml.safe_load(dataset.storage.read(f"recipes/{names[-1]}")) if names else {}
+    storage = data.first.storage
+    names = storage.names("recipes")
+    tokenizers = yaml.safe_load(storage.read(f"recipes/{names[-1]}")).get("tokenizers") if names else None
+    if tokenizers and recipe.data.audio_codebooks:
+        tokenizers["audio"]["n_q"] = recipe.data.audio_codebooks
     return {
         "step": recipe.total_steps,
         "tokens": recipe.total_steps * recipe.tokens_per_step,
-        "dataset": dataset.uri,
-        "dataset_version": dataset.version,
-        "tokenizers": tokenized_by.get("tokenizers"),
+        "dataset": data.first.uri,
+        "dataset_version": data.first.version,
+        "datasets": [{"dataset": d.uri, "version": d.version} for d in data.datasets],
+        "tokenizers": tokenizers,
         "recipe": recipe.model_dump(mode="json"),
     }

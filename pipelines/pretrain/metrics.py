@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ class Metrics:
         total_steps: int,
         tokens_per_step: int,
         settings: LoggingSettings,
+        most_not_numbers: int,
         console: Console,
         enabled: bool,
     ) -> None:
@@ -47,9 +49,11 @@ class Metrics:
         Args:
             start: steps taken before; records of later ones are dropped, for those steps are taken again.
             tokens_per_step: padding included.
+            most_not_numbers: steps in a row whose loss or gradient is not a number, before the run is stopped.
         """
         self._enabled = enabled
         self._every = settings.every
+        self._most_not_numbers, self._not_numbers = most_not_numbers, 0
         self._total, self._slots = total_steps, tokens_per_step
         self._console = console
         self._pending: list[tuple[int, float, Tensor]] = []
@@ -104,15 +108,17 @@ class Metrics:
         yield
         self._paused += time.perf_counter() - asked
 
-    def step(self, step: int, losses: Losses, gradient_norm: Tensor, learning_rate: float) -> None:
+    def step(self, step: int, losses: Losses, gradient_norm: Tensor, learning_rate: float, verdict: Tensor) -> None:
         """Record a training step. Its values stay on the device until lines are written, all in one transfer.
 
+        Args:
+            verdict: `Guard.check` of the step.
+
         Raises:
-            RunError: a loss or gradient is not finite.
+            RunError: too many steps in a row had a loss or gradient that is not a number.
         """
-        values = torch.cat(
-            [losses.sums, losses.counts.double(), losses.tokens.double()[None], gradient_norm.double()[None]]
-        )
+        scalars = [losses.tokens, gradient_norm, verdict]
+        values = torch.cat([losses.sums, losses.counts.double(), *(scalar.double()[None] for scalar in scalars)])
         self._pending.append((step, learning_rate, values))
         if step % self._every == 0 or step == self._total:
             self._flush()
@@ -121,9 +127,17 @@ class Metrics:
             if not self._console.is_terminal:
                 self.say(f"step {step}/{self._total}  {said}")
 
-    def validation(self, step: int, loss: CrossEntropy, baseline: CrossEntropy | None) -> None:
+    def validation(
+        self,
+        step: int,
+        loss: CrossEntropy,
+        baseline: CrossEntropy | None,
+        by_dataset: Mapping[str, Mapping[str, float | None]] | None = None,
+    ) -> None:
         """Record a validation, and say it beside the baseline."""
-        self.write("validation", step, {"loss": loss.to_json()})
+        perplexity = {name: math.exp(min(value, 700.0)) for name, value in loss.items() if "/" not in name}
+        record: dict[str, Any] = {"loss": loss.to_json(), "perplexity": perplexity}
+        self.write("validation", step, record | ({"datasets": by_dataset} if by_dataset else {}))
         reference = dict(baseline.items()) if baseline else {}
         said = "  ".join(
             f"{name} {value:.3f}" + (f" (unigram {reference[name]:.3f})" if name in reference else "")
@@ -156,24 +170,50 @@ class Metrics:
         waited = self._waited / len(rows)
         record: dict[str, Any] = {}
         for (step, learning_rate, _), row in zip(self._pending, rows, strict=True):
-            sums, counts, tokens, norm = row[:3], row[3:6], row[6], row[7]
-            if not (math.isfinite(sum(sums)) and math.isfinite(norm)):
-                raise RunError(
-                    f"step {step}: the loss or its gradient is not a number ({sum(sums)}, {norm}); the last checkpoint "
-                    "is whole. Lower optimizer.learning_rate, or raise schedule.warmup_steps, in a new run."
-                )
+            sums, counts, (tokens, norm, verdict) = row[:3], row[3:6], row[6:]
+            fault = _FAULTS[int(verdict)]
+            self._not_numbers = self._not_numbers + 1 if fault == "not a number" else 0
             record = {
-                "loss": {name: s / n if n else None for name, s, n in zip(MODALITIES, sums, counts, strict=True)},
+                "loss": {
+                    name: _finite(s / n) if n else None for name, s, n in zip(MODALITIES, sums, counts, strict=True)
+                },
                 "targets": {name: int(n) for name, n in zip(MODALITIES, counts, strict=True)},
                 "learning_rate": learning_rate,
-                "gradient_norm": norm,
+                "gradient_norm": _finite(norm),
                 "tokens_per_s": tokens / seconds,
                 "padding_share": 1 - tokens / self._slots,
                 "data_wait_share": waited / seconds,
+                "memory_gb": _memory_gb(),
             }
+            if fault:
+                record["fault"] = fault
+                self.say(f"step {step}: {fault}; losses {record['loss']}, gradient norm {norm:.3g}")
             self.write("train", step, record)
+            if self._not_numbers >= self._most_not_numbers:
+                raise RunError(
+                    f"step {step}: the loss or its gradient is not a number for {self._not_numbers} steps in a row "
+                    f"(losses {dict(zip(MODALITIES, sums, strict=True))}, gradient norm {norm}). These steps were skipped, "
+                    "and the last checkpoint is whole. Lower optimizer.learning_rate, or raise schedule.warmup_steps, in a "
+                    "new run."
+                )
         self._last = record
         self._pending, self._waited, self._paused, self._since = [], 0.0, 0.0, now
+
+
+_FAULTS = ("", "not a number", "spike, skipped", "spike")
+"""By `Guard.check`."""
+
+
+def _memory_gb() -> float:
+    """The most that this process has held: of the GPU's memory where there is one, else of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no other numbers."""
+    return value if math.isfinite(value) else None
 
 
 def describe(record: Record) -> str:

@@ -155,8 +155,10 @@ def dry_run(recipe: PretrainRecipe, *, gpus: int = 1, tflops: float | None = Non
     from pipelines.shards.dataset import Dataset, DatasetError
 
     try:
-        vocabulary = Dataset.open(recipe.data.dataset, recipe.data.version).vocabulary
-        config, sizes = model_config(recipe, vocabulary), f"vocabularies of {recipe.data.dataset}"
+        # All datasets of a mixture have one vocabulary.
+        first = recipe.data.parts[0]
+        vocabulary = recipe.data.view_of(Dataset.open(first.dataset, first.version).vocabulary)
+        config, sizes = model_config(recipe, vocabulary), f"vocabularies of {first.dataset}"
     except DatasetError as error:
         config = UnifiedTransformerConfig(
             **recipe.model.model_dump(), max_sequence_length=recipe.data.sequence_length, device="cpu"

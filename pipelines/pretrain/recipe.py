@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_type_hints
 from pydantic import Field, create_model, model_validator
 
 from model import MODALITIES, UnifiedTransformerConfig
+from pipelines.pretrain.mixture import MixtureSettings
 from pipelines.recipe import Settings
 from pipelines.sequence import Modality, Vocabulary
 
@@ -20,19 +21,18 @@ _NOT_IN_RECIPES = {f"{name}_vocab_size" for name in MODALITIES} | {"max_sequence
 """They follow from the dataset, from `data.sequence_length`, and from `device`."""
 
 
-class DataSettings(Settings):
-    dataset: str
-    """Folder or URI of the token dataset."""
-    version: int | None = Field(default=None, ge=0)
-    """Pinned version; null takes the newest when the run starts, and keeps to it when the run goes on."""
+class DataSettings(MixtureSettings):
     sequence_length: int = Field(default=4096, ge=8)
     """Tokens of a training sequence: documents are packed into it, and it is the context of the model."""
     window_tokens: int = Field(default=16_000_000, ge=1)
-    """Tokens that are shuffled and packed together, at 5 bytes each in memory; more shuffle better."""
+    """Tokens of a dataset that are shuffled and packed together, at 5 bytes each in memory, up to three times; more
+    shuffle better."""
     target_sizes: int = Field(default=8, ge=1)
     """How many sizes the targets of one head may have; 1 gives one shape, at the price of the largest size always."""
     prefetch: int = Field(default=2, ge=0)
     """Steps made ahead by a thread; 0 makes them when they are needed."""
+    workers: int = Field(default=1, ge=0)
+    """Threads that read ahead; 0 reads when tokens are needed. A mixture of many datasets gains by more."""
 
 
 class _ModelSettings(Settings):
@@ -75,8 +75,8 @@ class OptimizerSettings(Settings):
 
 
 class ScheduleSettings(Settings):
-    kind: Literal["cosine", "wsd"] = "cosine"
-    """Warmup and cosine for a fixed budget; warmup, stable, decay for one that may grow."""
+    kind: Literal["cosine", "linear", "wsd"] = "cosine"
+    """Warmup, and then a cosine or a line for a fixed budget; warmup, stable, decay for one that may grow."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """null is 100, or a tenth of all steps where that is less."""
     decay_steps: int | None = Field(default=None, ge=1)
@@ -126,6 +126,23 @@ class CheckpointSettings(Settings):
     """Steps between checkpoints; the last step always has one."""
     keep: int = Field(default=2, ge=1)
     """How many of the newest to keep."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Keep those of steps that this divides, too."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in host memory."""
+    export: bool = False
+    """Export the model of every checkpoint to RUN/exports/, too."""
+
+
+class FaultSettings(Settings):
+    nonfinite_steps: int = Field(default=3, ge=1)
+    """Steps whose loss or gradient is not a number are skipped; so many in a row stop the run."""
+    spikes: Literal["record", "skip"] = "record"
+    """What is done with a step in which the loss of a modality rises beyond `spike_sigmas` standard deviations of the last
+    fifty steps: it is marked in the metrics, or skipped, too."""
+    spike_sigmas: float = Field(default=6.0, gt=0)
+    hang_s: float = Field(default=1800.0, ge=0)
+    """A rank that takes longer for a step, a validation or a checkpoint writes down its stacks and ends; 0 waits for ever."""
 
 
 class LoggingSettings(Settings):
@@ -170,6 +187,7 @@ class PretrainRecipe(Settings):
     """Of the initial weights, the order of the data and dropout."""
     validation: ValidationSettings = ValidationSettings()
     checkpoints: CheckpointSettings = CheckpointSettings()
+    faults: FaultSettings = FaultSettings()
     logging: LoggingSettings = LoggingSettings()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,10 @@ from pipelines.pretrain.validate import CrossEntropy
 from pipelines.recipe import dump_recipe, read_recipe
 from pipelines.shards.storage import Storage
 
-_MAY_CHANGE = ("threads", "logging.", "data.prefetch", "checkpoints.", "validation.every")
+_MAY_CHANGE = (
+    "threads", "logging.", "data.prefetch", "data.workers", "checkpoints.", "validation.every", "faults.hang_s",
+    "faults.nonfinite_steps",
+)  # fmt: skip
 """Keys of a recipe that a run may go on with another value of: they change nothing that is learned."""
 
 
@@ -113,7 +116,7 @@ def claim_folder(recipe: PretrainRecipe) -> PretrainRecipe:
             raise RunError(f"{folder}: not empty, and no run of Braid; set `output` to a new folder")
         return recipe
     there = read_recipe(PretrainRecipe, file)
-    pinned = pin_version(recipe, there.data.version) if recipe.data.version is None else recipe
+    pinned = pin_versions(recipe, [part.version for part in there.data.parts])
     theirs, ours = _deciding(there), _deciding(pinned)
     differing = [key for key in ours if theirs.get(key) != ours[key]]
     if not differing:
@@ -134,9 +137,11 @@ def claim_folder(recipe: PretrainRecipe) -> PretrainRecipe:
     raise RunError(f"{folder} holds a run of another recipe:\n{lines}{remedy}")
 
 
-def pin_version(recipe: PretrainRecipe, version: int | None) -> PretrainRecipe:
-    """The recipe with a dataset version."""
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"version": version})})
+def pin_versions(recipe: PretrainRecipe, versions: Sequence[int | None]) -> PretrainRecipe:
+    """The recipe with versions for its datasets, in the order of `recipe.data.parts`; those that it names stay."""
+    if len(versions) != len(recipe.data.parts):
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.pinned(versions)})
 
 
 def write_recipe(recipe: PretrainRecipe) -> None:
@@ -182,12 +187,14 @@ def read_finished(folder: Path) -> RunResult | None:
 def _deciding(recipe: PretrainRecipe) -> dict[str, Any]:
     """What decides how a run goes, by dotted key. A run folder may be moved, so where it lies is no part of it."""
     flat = _flat(recipe.model_dump(mode="json", exclude={"output"}))
-    flat["data.dataset"] = Storage.of(recipe.data.dataset).uri
+    flat = {key: Storage.of(value).uri if key.endswith(".dataset") and value else value for key, value in flat.items()}
     return {key: value for key, value in flat.items() if not key.startswith(_MAY_CHANGE)}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    items = values.items() if isinstance(values, Mapping) else enumerate(values)
+    for key, value in items:
+        nested = isinstance(value, Mapping) or (isinstance(value, list) and value)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat

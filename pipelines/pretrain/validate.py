@@ -6,7 +6,7 @@ result for any number of ranks, and a rank without any target takes part all the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,12 +84,26 @@ class TokenCounts:
 class Validator:
     """Holds a rank's validation batches in memory and evaluates a model on them."""
 
-    def __init__(self, steps: Iterable[StepBatch], vocabulary: Vocabulary, ranks: Ranks) -> None:
-        self._batches = [batch for step in steps for batch in step.micro_batches]
+    def __init__(
+        self, steps: Iterable[StepBatch], vocabulary: Vocabulary, ranks: Ranks, names: Sequence[str] = ("data",)
+    ) -> None:
+        """
+        Args:
+            names: of the datasets, by their numbers in the batches; the same name may come up again.
+        """
+        held = [pair for step in steps for pair in zip(step.micro_batches, step.sources, strict=True)]
+        self._batches = [batch for batch, _ in held]
         self._vocabulary = vocabulary
         self._ranks = ranks
+        self._names = list(dict.fromkeys(names))
+        same = torch.tensor([self._names.index(name) for name in names])
+        self._datasets = [same[sources].to(ranks.device) for _, sources in held]
+        """Of each row of each batch."""
         self.counts = self._count()
         """Of the targets of all ranks."""
+        self._dataset_counts = self._ranks.sum(self._by_dataset(None))
+        self.by_dataset: dict[str, dict[str, float | None]] = {}
+        """What the last evaluation came to for each dataset and modality."""
 
     @property
     def targets(self) -> int:
@@ -100,17 +114,39 @@ class Validator:
         """Loss of the model over all validation targets. Every rank must call it."""
         groups = self.counts.groups()
         sums = torch.zeros(len(groups), dtype=torch.float64, device=self._ranks.device)
+        all_losses = []
         training = model.training
         model.eval()
         with torch.no_grad():
             for batch in self._batches:
                 here = batch.to(self._ranks.device, non_blocking=True)
                 losses = model.token_losses(here)
+                all_losses.append(losses)
                 for modality in Modality:
                     sums.index_add_(0, self._group(here, modality), losses[modality.label].double())
         model.train(training)
         totals = self._ranks.sum(sums).cpu().numpy()
+        means = (self._ranks.sum(self._by_dataset(all_losses)) / self._dataset_counts).tolist()
+        self.by_dataset = {
+            name: {m.label: value if value == value else None for m, value in zip(Modality, row, strict=True)}
+            for name, row in zip(self._names, means, strict=True)
+        }
         return CrossEntropy.of(totals, np.array([group.sum() for group in groups]))
+
+    def _by_dataset(self, losses: Sequence[Mapping[str, torch.Tensor]] | None) -> torch.Tensor:
+        """float64 [datasets, modalities]: the sums of losses of this rank's targets; without losses, their counts."""
+        sums = torch.zeros(len(self._names), len(Modality), dtype=torch.float64, device=self._ranks.device)
+        for number, (batch, datasets) in enumerate(zip(self._batches, self._datasets, strict=True)):
+            for modality in Modality:
+                targets = batch.targets[modality.label]
+                rows = targets.positions[: targets.count].to(self._ranks.device) // batch.token_ids.shape[1]
+                values = (
+                    losses[number][modality.label][: targets.count].double()
+                    if losses
+                    else rows.new_ones(targets.count, dtype=torch.float64)
+                )
+                sums[:, modality].index_add_(0, datasets[rows], values)
+        return sums
 
     def _group(self, batch: PackedBatch, modality: Modality) -> torch.Tensor:
         """Index of each target's group. Padded slots, whose loss is 0, fall anywhere."""

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from model import MODALITIES, PackedBatch
 from pipelines.interleave import EncodedSpan, interleave
-from pipelines.pretrain.checkpoint import CheckpointError, list_checkpoints
+from pipelines.pretrain.checkpoint import CheckpointError, list_checkpoints, verify_checkpoint
 from pipelines.pretrain.export import load_model
 from pipelines.pretrain.loop import run
 from pipelines.pretrain.metrics import drop_after, read_metrics
@@ -224,7 +224,8 @@ def test_a_killed_run_goes_on_bit_for_bit(dataset: Dataset, finished: RunResult,
     recipe = _recipe(dataset, tmp_path / "run", logging={"every": 1, "tensorboard": False})
     process = _start(recipe, tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_bytes().count(b'"train"') >= 6):
+    saved = tmp_path / "run" / "checkpoints" / "step-00000004"
+    while not (metrics.exists() and metrics.read_bytes().count(b'"train"') >= 6 and saved.exists()):
         assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -467,7 +468,7 @@ def _unfinished(finished: RunResult, tmp_path: Path) -> Path:
     "fault",
     ["truncated", "flipped", "missing", "no record", "bad record", "edited", "renamed", "foreign", "newer"],
 )
-def test_a_damaged_checkpoint_is_refused_naming_file_and_remedy(
+def test_of_a_damaged_checkpoint_file_and_remedy_are_named_and_the_run_goes_on_from_the_one_before(
     dataset: Dataset, finished: RunResult, tmp_path: Path, fault: str
 ) -> None:
     folder = _unfinished(finished, tmp_path)
@@ -504,13 +505,23 @@ def test_a_damaged_checkpoint_is_refused_naming_file_and_remedy(
             expected = f"{record} is damaged or not Braid's{remedy}"
         case _:
             record.write_text(json.dumps(json.loads(record.read_text()) | {"format_version": 99}))
-            expected = "written in format 99, this Braid reads 1; update Braid"
+            expected = "written in format 99, this Braid reads 2; use the version"
     with pytest.raises(CheckpointError, match=expected):
-        _run(_recipe(dataset, folder))
-    if "delete" in expected:
-        shutil.rmtree(checkpoint)
-        assert _run(_recipe(dataset, folder)).resumed_from == 8
-        assert _losses(folder) == _losses(finished.folder)
+        verify_checkpoint(checkpoint)
+    if fault == "newer":
+        # It is whole, so nothing is thrown away.
+        with pytest.raises(CheckpointError, match=expected):
+            _run(_recipe(dataset, folder))
+        return
+    with (tmp_path / "screen").open("w") as screen:
+        assert run(_recipe(dataset, folder), Console(file=screen)).resumed_from == 8
+    said = (tmp_path / "screen").read_text()
+    assert "DAMAGED CHECKPOINT" in said
+    assert "the run goes on from step-00000008" in said
+    assert _losses(folder) == _losses(finished.folder)
+    # For people to look at; no run goes on from it.
+    assert (folder / "checkpoints" / f"damaged-{checkpoint.name}-1").is_dir()
+    assert torch_weights(folder) == torch_weights(finished.folder)
 
 
 def test_without_another_checkpoint_a_damaged_one_means_to_start_over(

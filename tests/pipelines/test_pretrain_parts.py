@@ -86,6 +86,9 @@ def test_the_learning_rate_warms_up_and_reaches_the_minimum_with_the_last_step()
     assert factors[13] == pytest.approx(0.55)
     assert factors[-1] == pytest.approx(0.1)
     assert factors[3:] == sorted(factors[3:], reverse=True)
+    linear = ScheduleSettings(kind="linear", warmup_steps=4, minimum=0.1)
+    factors = [learning_rate_factor(linear, step, 24) for step in range(24)]
+    assert factors[3:] == pytest.approx([1 - 0.9 * n / 20 for n in range(21)])
     wsd = ScheduleSettings(kind="wsd", warmup_steps=4, decay_steps=5, minimum=0.0)
     factors = [learning_rate_factor(wsd, step, 24) for step in range(24)]
     assert factors[3:19] == [1.0] * 16
@@ -94,7 +97,7 @@ def test_the_learning_rate_warms_up_and_reaches_the_minimum_with_the_last_step()
     assert short == pytest.approx([1 / 9, 2 / 9, 3 / 9])
 
 
-@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (9, 0), (20, 2), (999, 99), (5000, 100)])
 def test_a_schedule_left_to_itself_fits_every_run(tmp_path: Path, kind: str, steps: int, warmup: int) -> None:
     recipe = _read(tmp_path, f"output: o\ndata: {{dataset: d}}\nschedule: {{kind: {kind}}}\nsteps: {steps}\n")

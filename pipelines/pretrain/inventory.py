@@ -1,0 +1,116 @@
+"""Runs and checkpoints on disk, told in tables.
+
+Enters: folders. Leaves: plain values for programs, and tables for people. Always holds: nothing is changed, no checkpoint's
+data is read, and a damaged one is told as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from pipelines.pretrain.checkpoint import CheckpointError, describe_checkpoint, list_checkpoints, step_of
+from pipelines.pretrain.metrics import read_metrics
+from pipelines.pretrain.run import RunError, read_finished
+
+
+def checkpoints_below(where: Path) -> list[Path]:
+    """The checkpoints of a run, or the one that is named.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (where / "checkpoint.json").exists():
+        return [where]
+    found = list_checkpoints(where / "checkpoints") or list_checkpoints(where)
+    if not found:
+        raise CheckpointError(f"{where}: no checkpoint here; name the folder of a run, or one of its checkpoints")
+    return found
+
+
+def checkpoints_of(run: Path) -> list[dict[str, Any]]:
+    """What is known of each checkpoint without reading its data."""
+    found = []
+    for path in checkpoints_below(run):
+        told: dict[str, Any] = {
+            "name": path.name,
+            "step": step_of(path),
+            "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+            "saved": datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds"),
+        }
+        try:
+            told |= describe_checkpoint(path)
+        except CheckpointError as error:
+            told["damaged"] = str(error)
+        found.append(told)
+    return found
+
+
+def checkpoints_table(run: Path, found: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=f"Checkpoints of {escape(str(run))}")
+    for column in ("step", "saved (UTC)", "MB", "ranks", "braid", ""):
+        table.add_column(column, justify="right" if column in ("step", "MB", "ranks") else "left")
+    for told in found:
+        table.add_row(
+            f"{told['step']:,}",
+            told["saved"][:19].replace("T", " "),
+            f"{told['bytes'] / 1e6:,.1f}",
+            str(told.get("world_size", "")),
+            told.get("braid", ""),
+            escape(told.get("damaged", "")),
+        )
+    return table
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders below a folder, by name."""
+    return sorted(file.parent for file in folder.rglob("recipe.yaml") if (file.parent / "metrics.jsonl").exists())
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """How far a run is, and what it has come to.
+
+    Raises:
+        RunError: there is no run, or its metrics are damaged.
+    """
+    metrics = run / "metrics.jsonl"
+    if not metrics.exists():
+        raise RunError(f"{run}: no run of Braid; name the folder that is `output` in the recipe of a run")
+    steps, validations = read_metrics(metrics, "train"), read_metrics(metrics, "validation")
+    last = steps[-1] if steps else None
+    recent = steps[-50:]
+    return {
+        "run": str(run),
+        "steps": last["step"] if last else 0,
+        "finished": read_finished(run) is not None,
+        "validation": validations[-1]["loss"] if validations else None,
+        "training": last["loss"] if last else None,
+        "tokens_per_s": sum(r["tokens_per_s"] for r in recent) / len(recent) if recent else None,
+        "data_wait_share": sum(r["data_wait_share"] for r in recent) / len(recent) if recent else None,
+        "padding_share": sum(r["padding_share"] for r in recent) / len(recent) if recent else None,
+        "faults": sum("fault" in r for r in steps),
+    }
+
+
+def runs_table(found: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="Runs: validation loss where there is one, else that of the last step")
+    for column in ("run", "steps", "", "text", "image", "audio", "tokens/s", "data wait", "padding", "faults"):
+        table.add_column(column, justify="left" if column in ("run", "") else "right")
+    for told in found:
+        loss = told["validation"] or told["training"] or {}
+        table.add_row(
+            escape(told["run"]),
+            f"{told['steps']:,}",
+            "finished" if told["finished"] else "",
+            *(f"{loss[name]:.3f}" if loss.get(name) is not None else "" for name in ("text", "image", "audio")),
+            f"{told['tokens_per_s']:,.0f}" if told["tokens_per_s"] else "",
+            f"{told['data_wait_share']:.1%}" if told["data_wait_share"] is not None else "",
+            f"{told['padding_share']:.1%}" if told["padding_share"] is not None else "",
+            str(told["faults"] or ""),
+        )
+    return table
