@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from model.block import CausalSelfAttention, FeedForward, TransformerBlock
     from model.cache import CacheError, KeyValueCache
     from model.config import MODALITIES, ConfigError, UnifiedTransformerConfig
+    from model.fused import BlockBackendError
     from model.loss import LossOutput
     from model.rope import RotaryPositionalEmbeddings
     from model.transformer import TokenError, UnifiedTransformer
@@ -24,6 +25,7 @@ __all__ = [
     "MODALITIES",
     "AttentionBackendError",
     "BatchError",
+    "BlockBackendError",
     "CacheError",
     "CausalSelfAttention",
     "ConfigError",
@@ -44,6 +46,7 @@ _HOMES = {
     "MODALITIES": "config",
     "AttentionBackendError": "attention",
     "BatchError": "batch",
+    "BlockBackendError": "fused",
     "CacheError": "cache",
     "CausalSelfAttention": "block",
     "ConfigError": "config",

@@ -5,6 +5,7 @@ One forward pass makes one `AttentionPlan` (who attends to whom, and how far eac
 
 | name         | what runs                                       | needs                                             |
 |--------------|-------------------------------------------------|---------------------------------------------------|
+| `flash_attn_4` | `flash_attn_varlen_func` of flash-attn-4 | flash-attn-4, a Hopper GPU or later, the same types |
 | `flash_attn` | `flash_attn_varlen_func` of the package         | flash-attn installed, CUDA, bfloat16 or float16   |
 | `varlen`     | `torch.nn.attention.varlen`: torch's own copy   | torch >= 2.11, CUDA, bfloat16 or float16          |
 | `sdpa`       | `scaled_dot_product_attention`, mask by document | nothing                                           |
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,7 +43,7 @@ class AttentionPlan:
     type, and the rotation must stay in float32.
     """
 
-    __slots__ = ("backend", "cu_seqlens", "mask", "max_seqlen", "positions", "rotation")
+    __slots__ = ("backend", "cu_seqlens", "fused", "mask", "max_seqlen", "positions", "rotation")
 
     def __init__(
         self,
@@ -64,6 +66,8 @@ class AttentionPlan:
         self.cu_seqlens = cu_seqlens
         """For the packed kernels: int32 document starts in the flattened B*T."""
         self.max_seqlen = max_seqlen
+        self.fused = False
+        """Blocks run as `model.fused` computes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         [B, T, N, H].
     """
     return BACKENDS[plan.backend].attend(q, k, v, plan)
+
+
+def largest_logit(q: Tensor, k: Tensor, plan: AttentionPlan) -> Tensor:
+    """The largest scaled product of a query and a key that it sees, over the first row: float32 scalar.
+
+    Args:
+        q: [B, T, N, H].
+        k: [B, T, N, H].
+    """
+    T, N, H = q.shape[1:]
+    index = torch.arange(T, device=q.device)
+    behind = index[:, None] - index
+    seen = (behind >= 0) & (behind <= plan.positions[0][:, None])
+    # Head by head: all at once would take N T^2 numbers.
+    peaks = [(q[0, :, n] @ k[0, :, n].T).float().masked_fill_(~seen, -math.inf).amax() for n in range(N)]
+    return torch.stack(peaks).amax() / math.sqrt(H)
 
 
 def select_backend(config: UnifiedTransformerConfig, device: torch.device, dtype: torch.dtype) -> str:
@@ -205,6 +225,40 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     return out.view(q.shape)
 
 
+def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    q_flat, k_flat, v_flat = (x.flatten(0, 1) for x in (q, k, v))
+    starts, longest = plan.cu_seqlens, plan.max_seqlen
+    out, *_ = flash_attn_varlen_func(
+        q_flat, k_flat, v_flat, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=longest, max_seqlen_k=longest,
+        causal=True,
+    )  # fmt: skip
+    return cast(Tensor, out).view(q.shape)
+
+
+def _no_flash_4_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    if (reason := _no_flash_kernel(device, dtype, head_size)) is not None:
+        return reason
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return f"it needs a Hopper GPU or later and this is {torch.cuda.get_device_name(device)}"
+    if head_size not in (64, 96, 128):
+        return f"it takes head sizes 64, 96 and 128 and this is {head_size}"
+    return None
+
+
+@lru_cache
+def _flash_attn_4_missing() -> str | None:
+    # Looking for `flash_attn.cute` imports `flash_attn`, so ask for that first.
+    if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
+        try:
+            from flash_attn.cute import flash_attn_varlen_func  # noqa: F401
+        except (ImportError, OSError) as error:
+            return f"the package flash-attn-4 cannot be imported ({error}); install it with its dependencies"
+        return None
+    return "the package flash-attn-4 is not installed (pip install --pre flash-attn-4)"
+
+
 def _no_flash_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     if device.type != "cuda":
         return f"it needs a CUDA device and this is {device.type}"
@@ -236,6 +290,7 @@ def _flash_attn_missing() -> str | None:
 
 
 BACKENDS: dict[str, Backend] = {
+    "flash_attn_4": Backend(lambda *at: _no_flash_4_kernel(*at) or _flash_attn_4_missing(), _flash_attn_4, packed=True),
     "flash_attn": Backend(lambda *at: _flash_attn_missing() or _no_flash_kernel(*at), _flash_attn, packed=True),
     "varlen": Backend(lambda *at: _varlen_missing() or _no_flash_kernel(*at), _varlen, packed=True),
     "sdpa": Backend(lambda *at: None, _sdpa, packed=False),

@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import AttentionPlan, attend, plan_attention
+from model.attention import AttentionPlan, attend, largest_logit, plan_attention
 from model.cache import LayerCache
 from model.config import UnifiedTransformerConfig
+from model.fused import fused_block
 from model.rope import rotate
 
 
@@ -29,6 +30,9 @@ class CausalSelfAttention(nn.Module):
         self.config = config
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
         self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.watching = False
+        """Whether to measure the largest logit; see `UnifiedTransformer.attention_peaks`."""
+        self.peak: Tensor | None = None
         self.query_norm = _head_norm(config)
         self.key_norm = _head_norm(config)
 
@@ -52,6 +56,8 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *plan.rotation), rotate(k, *plan.rotation)
         # Rotation, and LayerNorm under autocast, come out in float32; the kernels want one type.
         q, k = q.to(v.dtype), k.to(v.dtype)
+        if self.watching:
+            self.peak = largest_logit(q, k, plan)
         if cache is not None:
             k, v = cache.update(k, v, plan.positions)
         return self.output(attend(q, k, v, plan).flatten(2))
@@ -71,7 +77,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-LayerNorm residual block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """Residual block: x + attention(norm(x)), then x + feed_forward(norm(x)); or with `norm_placement` "reordered"
+    x + norm(attention(x)), then x + norm(feed_forward(x))."""
 
     def __init__(self, config: UnifiedTransformerConfig) -> None:
         super().__init__()
@@ -80,8 +87,18 @@ class TransformerBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps, bias=False)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
+        self.reordered = config.norm_placement == "reordered"
+        self.recompute = "none"
+        """What the fused block computes again in the backward pass: "none", "feed_forward" (its hidden layer), "all"."""
+        self.float8 = False
+        """Whether the fused block multiplies in float8 (`model.float8`)."""
 
     def forward(self, x: Tensor, plan: AttentionPlan | None = None, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] to [B, T, D]; the arguments are those of `CausalSelfAttention.forward`."""
+        if plan is not None and plan.fused and cache is None:
+            return fused_block(x, plan, self)
+        if self.reordered:
+            x = x + self.dropout(self.attention_norm(self.attention(x, plan, cache)))
+            return x + self.dropout(self.feed_forward_norm(self.feed_forward(x)))
         x = x + self.dropout(self.attention(self.attention_norm(x), plan, cache))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

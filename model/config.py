@@ -15,7 +15,9 @@ from typing import Any, Literal, get_args
 MODALITIES = ("text", "image", "audio")
 """Names in the order of the modality ids 0, 1, 2."""
 
-BackendChoice = Literal["auto", "flash_attn", "varlen", "sdpa"]
+BackendChoice = Literal["auto", "flash_attn_4", "flash_attn", "varlen", "sdpa"]
+BlockChoice = Literal["auto", "fused", "torch"]
+NormPlacement = Literal["pre", "reordered"]
 FlopsConvention = Literal["full", "causal"]
 
 
@@ -47,6 +49,9 @@ class UnifiedTransformerConfig:
     """Use a FlashAttention kernel where there is one; False means PyTorch's scaled dot-product attention everywhere."""
     attention_backend: BackendChoice = "auto"
     """Force one backend of `model.attention`; "auto" takes the first that can run."""
+    block_backend: BlockChoice = "auto"
+    """How a block is computed: as one function with a backward pass of its own ("fused", see `model.fused`), or as plain
+    PyTorch that `torch.compile` takes ("torch"). "auto" is fused on CUDA where the weights are bfloat16 or float16."""
     use_rope: bool = True
     """Rotary positions on queries and keys; False means learned positions added to the embeddings."""
     rope_theta: float = 10000.0
@@ -57,6 +62,9 @@ class UnifiedTransformerConfig:
     differ in whether they can, and every backend must compute the same function."""
     qk_norm: bool = False
     """LayerNorm over each head's queries and keys (Chameleon, 2024, section 2.3)."""
+    norm_placement: NormPlacement = "pre"
+    """"pre": x + f(norm(x)). "reordered": x + norm(f(x)), which bounds what a branch may add (Chameleon, 2024, section 2.3;
+    Swin v2, 2021; OLMo 2, 2024, section 3.2)."""
     z_loss_weight: float = 0.0
     """Weight of the squared log-partition term in the loss (PaLM, 2022, section 5: 1e-4; Chameleon: 1e-5)."""
     layer_norm_eps: float = 1e-5
@@ -107,7 +115,10 @@ class UnifiedTransformerConfig:
             raise ConfigError(
                 f"attention_backend is {self.attention_backend!r}: choose one of {', '.join(get_args(BackendChoice))}"
             )
-        if not self.use_flash_attention and self.attention_backend in ("flash_attn", "varlen"):
+        for name, choices in (("block_backend", BlockChoice), ("norm_placement", NormPlacement)):
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(get_args(choices))}")
+        if not self.use_flash_attention and self.attention_backend not in ("auto", "sdpa"):
             raise ConfigError(
                 f"attention_backend is {self.attention_backend!r} while use_flash_attention is false: "
                 "set use_flash_attention to true, or attention_backend to 'sdpa'"

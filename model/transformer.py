@@ -21,8 +21,11 @@ from model.batch import PackedBatch
 from model.block import TransformerBlock
 from model.cache import KeyValueCache
 from model.config import MODALITIES, FlopsConvention, UnifiedTransformerConfig
+from model.embedding import embed
+from model.fused import runs_fused
+from model.heads import head_losses
 from model.initialization import initialize
-from model.loss import LossOutput, combine, target_losses
+from model.loss import LossOutput, coefficients_of, target_losses
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,8 @@ class UnifiedTransformer(nn.Module):
             }
         )
         self._running_backend: str | None = None
+        self._running_fused = False
+        self._watching = False
         self.reset_parameters(seed)
 
     def reset_parameters(self, seed: int | None = None) -> None:
@@ -90,6 +95,11 @@ class UnifiedTransformer(nn.Module):
     def attention_backend(self) -> str | None:
         """Name of the attention backend that ran last; None before the first forward pass."""
         return self._running_backend
+
+    @property
+    def block_backend(self) -> str | None:
+        """How the blocks ran last, "fused" or "torch"; None before the first forward pass."""
+        return None if self._running_backend is None else "fused" if self._running_fused else "torch"
 
     def attention_backend_for(self, device: torch.device, dtype: torch.dtype) -> str:
         """Name of the attention backend that runs there without a cache.
@@ -158,11 +168,14 @@ class UnifiedTransformer(nn.Module):
             self.check_tokens(token_ids, modality_ids)
         if cache is not None:
             cache.require_room(B, T)
-        x = self._embed(token_ids, modality_ids)
+        tables = [self.embeddings[name].get_parameter("weight") for name in MODALITIES]
+        x = embed(token_ids, modality_ids, self.modality_embedding.weight, tables)
         plan = plan_attention(
             self.config, x, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cache=cache
         )
-        self._announce(plan.backend)
+        plan.fused = cache is None and not self._watching and runs_fused(self.config, x, self.training)
+        if not self._watching:
+            self._announce(plan.backend, plan.fused)
         if self.position_embedding is not None:
             x = x + self.position_embedding(plan.positions)
         x = self.dropout(x)
@@ -170,21 +183,11 @@ class UnifiedTransformer(nn.Module):
             x = block(x, plan, None if cache is None else cache.layer(i, T))
         return self.final_norm(x)
 
-    def _embed(self, token_ids: Tensor, modality_ids: Tensor) -> Tensor:
-        # Every table is read at every position and `where` picks: shapes stay static, and no table lacks a gradient.
-        x = self.modality_embedding(modality_ids)
-        chosen = torch.zeros_like(x)
-        for index, name in enumerate(MODALITIES):
-            here = modality_ids == index
-            embedded = self.embeddings[name](torch.where(here, token_ids, 0))
-            chosen = torch.where(here[..., None], embedded, chosen)
-        return x + chosen
-
-    def _announce(self, backend: str) -> None:
-        if backend != self._running_backend:
-            self._running_backend = backend
+    def _announce(self, backend: str, fused: bool) -> None:
+        if (backend, fused) != (self._running_backend, self._running_fused):
+            self._running_backend, self._running_fused = backend, fused
             if not torch.compiler.is_compiling():  # a graph holds no logging
-                logger.info("attention backend: %s", backend)
+                logger.info("attention backend: %s, blocks: %s", backend, "fused" if fused else "torch")
 
     def check_tokens(self, token_ids: Tensor, modality_ids: Tensor) -> None:
         """Verify that every id is in range. It waits for the device, so on a GPU keep it out of the training loop.
@@ -229,33 +232,29 @@ class UnifiedTransformer(nn.Module):
         """[..., D] to [..., audio_vocab_size], in the compute type."""
         return F.linear(hidden, self.head_weight("audio"))
 
-    def _target_losses(self, batch: PackedBatch) -> dict[str, tuple[Tensor, Tensor]]:
-        hidden = self.hidden_states(
+    def _predicting(self, batch: PackedBatch) -> Tensor:
+        """Hidden states [B*T, D] of a batch."""
+        return self.hidden_states(
             batch.token_ids,
             batch.modality_ids,
             positions=batch.positions,
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
         ).flatten(0, 1)
-        return {
-            name: target_losses(
-                # A look-up rather than indexing: its backward copes with the repeats of position 0 in padded slots.
-                F.embedding(batch.targets[name].positions, hidden),
-                self.head_weight(name),
-                batch.targets[name].ids,
-                self.config.loss_chunk_tokens,
-            )
-            for name in MODALITIES
-        }
 
+    @torch.no_grad()
     def token_losses(self, batch: PackedBatch) -> dict[str, Tensor]:
-        """Negative log likelihood of every target, by modality.
+        """Negative log likelihood of every target, by modality; without gradient.
 
         Returns:
             By modality name: float32 [C] in nats (float64 for a float64 model), in the order of `batch.targets`, 0 in
             padded slots. Logits exist only at target positions, `config.loss_chunk_tokens` rows at a time.
         """
-        return {name: nll for name, (nll, _) in self._target_losses(batch).items()}
+        hidden = self._predicting(batch)
+        return {
+            name: target_losses(hidden, batch.targets[name], self.head_weight(name), self.config.loss_chunk_tokens)
+            for name in MODALITIES
+        }
 
     def loss(
         self,
@@ -266,7 +265,7 @@ class UnifiedTransformer(nn.Module):
     ) -> LossOutput:
         """The training loss; every parameter gets a gradient from it, whatever modalities the batch holds.
 
-        A weighted mean over target tokens; `model.loss.combine` defines weights, denominators and normalisation.
+        A weighted mean over target tokens; `model.loss` defines weights, denominators and normalisation.
         Under FSDP2 register this method with `register_fsdp_forward_method`.
 
         Args:
@@ -275,13 +274,36 @@ class UnifiedTransformer(nn.Module):
                 default those of this batch.
         """
         counts = {name: batch.targets[name].count for name in MODALITIES}
-        return combine(
-            self._target_losses(batch),
-            counts,
-            weights=weights,
-            denominators=denominators,
-            z_loss_weight=self.config.z_loss_weight,
+        hidden = self._predicting(batch)
+        coefficients = coefficients_of(counts if denominators is None else denominators, weights, hidden)
+        total, losses, squares = head_losses(
+            hidden,
+            [batch.targets[name] for name in MODALITIES],
+            [self.head_weight(name) for name in MODALITIES],
+            coefficients,
+            self.config.z_loss_weight,
+            self.config.loss_chunk_tokens,
         )
+        z_loss = self.config.z_loss_weight * (coefficients * squares).sum()
+        sums, by_square = (dict(zip(MODALITIES, each.unbind(), strict=True)) for each in (losses, squares))
+        return LossOutput(total, sums, counts, z_loss, by_square)
+
+    @torch.no_grad()
+    def attention_peaks(self, batch: PackedBatch) -> Tensor:
+        """The largest attention logit of each layer, float32 [layers], over the first row of a batch.
+
+        It runs the blocks as plain PyTorch. Under FSDP2 register it with `register_fsdp_forward_method`.
+        """
+        self._watching = True
+        for block in self.blocks:
+            block.attention.watching = True  # type: ignore[union-attr]
+        try:
+            self._predicting(batch)
+            return torch.stack([block.attention.peak for block in self.blocks])  # type: ignore[union-attr, misc]
+        finally:
+            self._watching = False
+            for block in self.blocks:
+                block.attention.watching, block.attention.peak = False, None  # type: ignore[union-attr]
 
     @torch.no_grad()
     def prefill(

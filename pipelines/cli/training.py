@@ -27,6 +27,10 @@ def pretrain(
         typer.Option("--sweep", help="With --on slurm: KEY=VALUE,VALUE; one job for each, or for each combination."),
     ] = None,
     at_once: Annotated[int | None, typer.Option(min=1, help="Jobs of a sweep that may run at a time.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="With --dry-run, here: plan for so many GPUs.")] = 1,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="With --dry-run, here: what one of them reaches on large products.")
+    ] = None,
 ) -> None:
     """Train a model on a token dataset; the same command goes on after a stop, from the last checkpoint.
 
@@ -48,10 +52,13 @@ def pretrain(
         return
     require_local(sweep=sweep, after=after)
     if dry_run:
+        from pipelines.pretrain.plan import dry_run as plan
         from pipelines.pretrain.recipe import PretrainRecipe
         from pipelines.recipe import read_recipe
 
-        show_recipe(read_recipe(PretrainRecipe, recipe, overrides or []))
+        resolved = read_recipe(PretrainRecipe, recipe, overrides or [])
+        show_recipe(resolved)
+        say(plan(resolved, gpus=gpus, tflops=tflops))
         return
     from pipelines.pretrain import main as run
 

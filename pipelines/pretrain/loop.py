@@ -44,6 +44,7 @@ from pipelines.pretrain.run import (
 )
 from pipelines.pretrain.schedule import learning_rate_factor
 from pipelines.pretrain.step import clip_gradients, forward_backward, seed_step
+from pipelines.pretrain.telemetry import attention_peaks, by_modality
 from pipelines.pretrain.validate import CrossEntropy, Validator
 from pipelines.sequence import Vocabulary
 from pipelines.shards.dataset import Dataset
@@ -85,6 +86,8 @@ def _train(
         precision=recipe.precision,
         recompute_every=recipe.recompute_every,
         compile_blocks=recipe.compile,
+        masters=recipe.masters,
+        recompute=recipe.recompute,
     )
     share_codebook_directions(model, vocabulary, recipe.seed)
     optimizer = make_optimizer(model, recipe.optimizer)
@@ -112,6 +115,8 @@ def _train(
             with metrics.waiting():
                 batch = next(loader)
             losses = forward_backward(model, batch, weights, ranks)
+            if _due(step, recipe.logging.every, total):
+                metrics.write("telemetry", step, by_modality(model, losses))
             norm = clip_gradients(model, recipe.gradient_clip)
             learning_rate = recipe.optimizer.learning_rate * learning_rate_factor(recipe.schedule, step - 1, total)
             set_learning_rate(optimizer, learning_rate)
@@ -121,6 +126,7 @@ def _train(
             if validator.targets and _due(step, recipe.validation.every, total):
                 with metrics.pause():
                     validation = validator.evaluate(model)
+                    metrics.write("telemetry", step, attention_peaks(model, batch.micro_batches[0], ranks))
                 metrics.validation(step, validation, baseline)
             interrupted = interruption.agreed()
             if interrupted or _due(step, recipe.checkpoints.every, total):
@@ -232,7 +238,7 @@ def _resume(
 
 def _opening(recipe: PretrainRecipe, index: Index, model: ShardedTransformer, start: int, ranks: Ranks) -> str:
     begun = f"Going on from step {start:,} of {recipe.total_steps:,}" if start else f"{recipe.total_steps:,} steps"
-    backend = model.attention_backend_for(ranks.device, torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    backend = model.attention_backend_for(ranks.device, torch.float32 if recipe.precision == "fp32" else torch.bfloat16)
     without = f", {index.duplicates:,} duplicates left out" if index.duplicates else ""
     ranks_used = f"{ranks.world_size} x {ranks.device.type}" if ranks.world_size > 1 else ranks.device.type
     return (

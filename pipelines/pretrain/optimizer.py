@@ -1,4 +1,7 @@
-"""AdamW with the usual groups: matrices decay; norms, biases and embeddings do not."""
+"""AdamW with the usual groups: matrices decay; norms, biases and embeddings do not.
+
+Over float32 weights it is torch's own, over bfloat16 weights `master_adamw`, which keeps float32 masters.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from pipelines.pretrain.master_adamw import MasterAdamW
 
 if TYPE_CHECKING:
     from pipelines.pretrain.recipe import OptimizerSettings
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """An optimizer over all parameters of a model, sharded or not."""
     embeddings = {
         id(parameter)
@@ -25,8 +31,18 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    if all(p.dtype == torch.bfloat16 for p in model.parameters()):
+        return MasterAdamW(
+            groups,
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
+            moments=torch.bfloat16 if settings.moments == "bf16" else torch.float32,
+            accumulate=not isinstance(model, FSDPModule),
+        )
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,

@@ -1,8 +1,9 @@
 """Ranks, and the model wrapped for them. One process takes the very same way, as a group of one rank.
 
 Enters: the environment of `torchrun` or `srun` if there is one, and a model's configuration. Leaves: `Ranks`, and a model
-that is sharded by FSDP2. Always holds: the wrapping order is activation checkpointing, compilation, sharding; parameter
-names stay those of the bare model; the initial weights are the same for any number of ranks.
+that is sharded by FSDP2, or for one rank with bfloat16 weights the model as it is: a second copy of its weights, which FSDP2
+would make, is 14 GiB at 7.6 B. Always holds: the wrapping order is activation checkpointing, compilation, sharding;
+parameter names stay those of the bare model; the initial weights are the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
-from model import UnifiedTransformer, UnifiedTransformerConfig
+from model import UnifiedTransformer, UnifiedTransformerConfig, float8
+from model.fused import runs_fused
 
 
 class DeviceError(RuntimeError):
@@ -44,7 +46,8 @@ class Ranks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
-        dist.all_reduce(tensor)
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
         return tensor
 
     def agree(self, number: int) -> int:
@@ -103,28 +106,51 @@ def build_model(
     precision: str = "bf16",
     recompute_every: int = 0,
     compile_blocks: bool = False,
+    masters: str = "parameters",
+    recompute: str = "all",
 ) -> ShardedTransformer:
     """A sharded, initialized model whose `loss` and `token_losses` may be called like `forward`.
 
     Args:
-        precision: "bf16" multiplies in bfloat16, keeps fp32 weights and reduces gradients in fp32; "fp32".
+        precision: "bf16" multiplies in bfloat16, keeps fp32 weights and reduces gradients in fp32; "float8" besides
+            multiplies the blocks' activations and weights in float8 (`model.float8`); "fp32".
         recompute_every: every n-th block keeps no activations; 0 is none, 1 is all.
         compile_blocks: compile each block.
+        masters: "parameters" are fp32; or they are bf16, and the "optimizer" keeps the masters.
+        recompute: what those blocks compute again, "all" or "feed_forward".
     """
     with torch.device("meta"):
         model = UnifiedTransformer(config)
+    if masters == "optimizer":
+        model.to(torch.bfloat16)
+    fused = _runs_fused(config, ranks, precision)
+    if recompute == "feed_forward" and recompute_every and not fused:
+        raise ValueError(f"recompute is {recompute!r}, which only fused blocks do: set recompute to 'all'")
+    if precision == "float8":
+        if not fused:
+            raise ValueError("precision is 'float8', which only fused blocks do: set model.block_backend to 'fused'")
+        if reason := float8.unavailable(ranks.device, torch.bfloat16):
+            raise DeviceError(f"precision is 'float8', but {reason}; set it to 'bf16'")
     for number, block in enumerate(model.blocks):
+        block.float8 = precision == "float8"  # type: ignore[assignment]
+        if recompute_every and number % recompute_every == 0:
+            block.recompute = recompute  # type: ignore[assignment]
         # Replacing `forward` of the instance, rather than wrapping the module, leaves parameter names alone and the
         # hooks of FSDP2 outside of what is compiled.
-        if recompute_every and number % recompute_every == 0:
+        if recompute_every and number % recompute_every == 0 and not fused:
             block.forward = functools.partial(  # type: ignore[method-assign]
                 checkpoint, block.forward, use_reentrant=False
             )
-        if compile_blocks:
+        if compile_blocks and not fused:
             block.forward = torch.compile(block.forward, fullgraph=True)  # type: ignore[method-assign]
     policy = MixedPrecisionPolicy()
-    if precision == "bf16":
+    if precision != "fp32":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # FSDP2 sums gradients in float32, which compiled blocks cannot do for bfloat16 weights by themselves.
+    if masters == "optimizer" and ranks.world_size == 1 and (fused or not compile_blocks):
+        model.to_empty(device=ranks.device)
+        model.reset_parameters(seed)
+        return cast(ShardedTransformer, model)
     # Alone there is nothing to gain from giving up gathered weights before the backward pass.
     shard = functools.partial(
         fully_shard, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=ranks.world_size > 1
@@ -132,8 +158,14 @@ def build_model(
     for block in model.blocks:
         shard(block)
     shard(model)
-    for method in ("loss", "token_losses"):
+    for method in ("loss", "token_losses", "attention_peaks"):
         register_fsdp_forward_method(model, method)
     model.to_empty(device=ranks.device)
     model.reset_parameters(seed)
     return cast(ShardedTransformer, model)
+
+
+def _runs_fused(config: UnifiedTransformerConfig, ranks: Ranks, precision: str) -> bool:
+    """Whether blocks will run fused, asked before there is any input."""
+    like = torch.empty(0, device=ranks.device, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    return runs_fused(config, like, training=True)

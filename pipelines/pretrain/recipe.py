@@ -70,6 +70,8 @@ class OptimizerSettings(Settings):
     weight_decay: float = Field(default=0.1, ge=0)
     """Of matrices only: not of norms, biases and embeddings."""
     fused: bool = True
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """What both moments are kept in; bf16 needs `masters: optimizer`."""
 
 
 class ScheduleSettings(Settings):
@@ -146,8 +148,14 @@ class PretrainRecipe(Settings):
     """Optimizer steps of the run. Give either this or `tokens`."""
     tokens: int | None = Field(default=None, ge=1)
     """Token budget, padding included, rounded up to whole steps."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """What matrices are multiplied in. Weights, gradients and moments are fp32 either way."""
+    precision: Literal["bf16", "fp32", "float8"] = "bf16"
+    """What matrices are multiplied in. float8 is for the blocks alone, without their weight gradients; the rest is bf16."""
+    masters: Literal["parameters", "optimizer"] = "parameters"
+    """Where the fp32 weights are. "parameters": the model's own, rounded for each product. "optimizer": the model is bf16,
+    and the optimizer keeps the other 16 bits of each weight; gradients are still summed in fp32. Saves 4 bytes a weight."""
+    recompute: Literal["all", "feed_forward"] = "all"
+    """What a block of `recompute_every` computes again: all of it, or the hidden layer of its feed-forward part, which is
+    40% of what a block keeps and a ninth of its work. The latter needs fused blocks."""
     recompute_every: int = Field(default=0, ge=0)
     """Activation checkpointing: every n-th block is computed again in the backward pass. 0 is none, 1 all."""
     compile: bool = False
@@ -173,6 +181,10 @@ class PretrainRecipe(Settings):
                 f"batch.sequences is {self.batch.sequences}: it must be a multiple of batch.micro_batch = "
                 f"{self.batch.micro_batch}"
             )
+        if self.masters == "optimizer" and self.precision == "fp32":
+            raise ValueError("masters is 'optimizer', which keeps weights in bf16: set precision to bf16 or float8")
+        if self.masters == "parameters" and self.optimizer.moments == "bf16":
+            raise ValueError("optimizer.moments is 'bf16': set masters to 'optimizer', or moments to 'fp32'")
         total = self.total_steps
         warmup, decay = self.schedule.warmup(total), self.schedule.decay(total)
         if warmup >= total:

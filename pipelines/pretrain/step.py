@@ -10,13 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from model import MODALITIES
-from pipelines.loading import StepBatch
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer
+
+if TYPE_CHECKING:
+    from pipelines.loading import StepBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +31,14 @@ class Losses:
     """float64 [3]: negative log likelihood in nats, by modality."""
     counts: Tensor
     """int64 [3]: targets, by modality."""
+    squares: Tensor
+    """float64 [3]: squared log-partitions of the targets' logits, by modality."""
     tokens: Tensor
     """int64 scalar: tokens that are not padding."""
 
 
 def forward_backward(model: ShardedTransformer, batch: StepBatch, weights: Mapping[str, float], ranks: Ranks) -> Losses:
-    """Add the gradients of a rank's share of the step, averaged over ranks by FSDP2.
+    """Add the gradients of a rank's share of the step, averaged over ranks by FSDP2 where it shards the model.
 
     Args:
         weights: of each modality's targets.
@@ -42,14 +48,16 @@ def forward_backward(model: ShardedTransformer, batch: StepBatch, weights: Mappi
     *counts, tokens = ranks.sum(torch.tensor([*mine, batch.tokens]).to(ranks.device, non_blocking=True))
     # FSDP2 averages over ranks where the loss wants a sum.
     denominators = {name: count / ranks.world_size for name, count in zip(MODALITIES, counts, strict=True)}
-    sums = torch.zeros(len(MODALITIES), dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=ranks.device)
     for number, micro_batch in enumerate(micro_batches, start=1):
         # Gradients travel between ranks once a step.
-        model.set_requires_gradient_sync(number == len(micro_batches))
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(number == len(micro_batches))
         loss = model.loss(micro_batch.to(ranks.device, non_blocking=True), weights=weights, denominators=denominators)
         loss.total.backward()
-        sums += torch.stack([loss.sums[name] for name in MODALITIES])
-    return Losses(ranks.sum(sums), torch.stack(counts), tokens)
+        sums += torch.stack([part[name] for part in (loss.sums, loss.squares) for name in MODALITIES]).view(2, -1)
+    losses, squares = ranks.sum(sums)
+    return Losses(losses, torch.stack(counts), squares, tokens)
 
 
 def clip_gradients(model: ShardedTransformer, largest: float) -> Tensor:

@@ -21,7 +21,7 @@ def test_the_running_backend_is_named_once(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO, logger="model"):
         model.loss(batch)
         model.loss(batch)
-    assert [record.getMessage() for record in caplog.records] == ["attention backend: sdpa"]
+    assert [record.getMessage() for record in caplog.records] == ["attention backend: sdpa, blocks: torch"]
     assert model.attention_backend == "sdpa"
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model import (
     MODALITIES,
     CausalSelfAttention,
     PackedBatch,
     RotaryPositionalEmbeddings,
+    Targets,
     TransformerBlock,
     UnifiedTransformer,
 )
 from model.attention import AttentionPlan, attend
-from model.loss import target_losses
+from model.heads import head_losses
 from tests.model.cases import random_rows, tiny_config
 from tests.model.reference import Reference, attention_of_document, rope
 
@@ -117,11 +119,28 @@ def test_loss_of_a_packed_batch_matches_loops_over_its_documents(changes: dict[s
     assert {n: float(s) for n, s in output.sums.items()} == pytest.approx({n: sum(expected[n]) for n in MODALITIES})
 
 
-def test_gradients_of_chunked_targets_pass_gradcheck() -> None:
-    hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    ids = torch.tensor([3, 0, 6, -100, -100])
-    assert torch.autograd.gradcheck(lambda h, w: target_losses(h, w, ids, 2), (hidden, weight))
+@pytest.mark.parametrize(("chunk", "vocabulary"), [(2, 7), (100, 7), (100, 64), (2, 131)])
+def test_the_heads_loss_and_its_gradients_are_those_of_naive_full_logits(chunk: int, vocabulary: int) -> None:
+    hidden = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    heads = [torch.randn(size, 4, dtype=torch.float64, requires_grad=True) for size in (vocabulary, 5, 3)]
+    places = {0: [0, 3, 5, 0, 0], 1: [1, 2], 2: [0, 0]}
+    ids = {0: [3, 0, 6, -100, -100], 1: [4, 0], 2: [-100, -100]}
+    targets = [
+        Targets(positions=torch.tensor(places[m]), ids=torch.tensor(ids[m]), count=sum(i >= 0 for i in ids[m]))
+        for m in range(3)
+    ]
+    coefficients, z = torch.tensor([0.5, 0.25, 2.0], dtype=torch.float64), 0.1
+    naive = hidden.new_zeros(())
+    for target, weight, coefficient in zip(targets, heads, coefficients, strict=True):
+        logits = (hidden @ weight.T)[target.positions[: target.count]]
+        nll = F.cross_entropy(logits, target.ids[: target.count], reduction="sum")
+        naive = naive + coefficient * (nll + z * logits.logsumexp(-1).square().sum())
+    expected = torch.autograd.grad(3 * naive, (hidden, *heads))
+    total, _, _ = head_losses(hidden, targets, heads, coefficients, z, chunk)
+    torch.testing.assert_close(total, naive, atol=1e-12, rtol=0)
+    # Not 1 arrives in the backward pass, and it must count.
+    for found, right in zip(torch.autograd.grad(3 * total, (hidden, *heads)), expected, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-12, rtol=0)
 
 
 def test_gradients_of_a_block_pass_gradcheck() -> None:
@@ -149,3 +168,35 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
     mixed.backward()
     assert mixed.dtype == torch.float32
     assert mixed.item() == pytest.approx(exact.item(), rel=0.01)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True}], ids=str)
+def test_attention_peaks_are_the_largest_logits_of_loops(changes: dict[str, object]) -> None:
+    model = double_model(block_backend="auto" if changes else "fused", **changes)
+    batch = PackedBatch.from_sequences(random_rows([[5, 9]]))
+    seen: list[float] = []
+    for block in model.blocks:
+        attention = block.attention
+
+        def largest(module: torch.nn.Module, args: tuple[torch.Tensor, AttentionPlan]) -> None:
+            x, plan = args[0], args[1]
+            q, k, _ = module.qkv(x).view(1, 14, 3, 4, 8).unbind(2)
+            q, k = module.query_norm(q), module.key_norm(k)
+            rope = RotaryPositionalEmbeddings(8)
+            q, k = rope(q, plan.positions), rope(k, plan.positions)
+            pairs = [
+                (i, j) for first, last in ((0, 5), (5, 14)) for i in range(first, last) for j in range(first, i + 1)
+            ]
+            seen.append(max(float(q[0, i, n] @ k[0, j, n]) / 8**0.5 for i, j in pairs for n in range(4)))
+
+        attention.register_forward_pre_hook(largest)
+    peaks = model.attention_peaks(batch)
+    assert peaks.tolist() == pytest.approx(seen, rel=1e-6)
+    assert not any(block.attention.watching for block in model.blocks)
+
+
+def test_reordered_norms_are_written_out() -> None:
+    block = TransformerBlock(tiny_config(norm_placement="reordered")).double()
+    x = torch.randn(2, 7, 32, dtype=torch.float64)
+    middle = x + block.attention_norm(block.attention(x))
+    torch.testing.assert_close(block(x), middle + block.feed_forward_norm(block.feed_forward(middle)))

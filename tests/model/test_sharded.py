@@ -12,7 +12,7 @@ from model import MODALITIES, PackedBatch, UnifiedTransformer
 from tests.model.cases import random_rows, tiny_config
 
 SEED = 5
-STEPS = 3
+STEPS = 20
 DISJOINT = ((1,), (2,))
 
 
@@ -42,12 +42,10 @@ def train_sharded(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results: dict[str, object] = {}
-    for name, policy in {
-        "float32": MixedPrecisionPolicy(),
-        "bfloat16": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
-    }.items():
+    lean = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for name, policy in {"float32": MixedPrecisionPolicy(), "fused": MixedPrecisionPolicy(), "bfloat16": lean}.items():
         with torch.device("meta"):
-            model = UnifiedTransformer(tiny_config())
+            model = UnifiedTransformer(tiny_config(block_backend="fused" if name == "fused" else "torch"))
         for block in model.blocks:
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
@@ -81,6 +79,7 @@ def test_two_ranks_with_disjoint_modalities_equal_one_process(tmp_path: Path) ->
         for name in MODALITIES:
             torch.testing.assert_close(ranks[rank][f"float32 losses {rank}"][name], single[name].detach())
     for key, value in expected.items():
-        torch.testing.assert_close(ranks[0]["float32"][key], value, atol=1e-5, rtol=1e-5, msg=key)
-        assert torch.equal(ranks[0]["float32"][key], ranks[1]["float32"][key])
+        for name in ("float32", "fused"):
+            torch.testing.assert_close(ranks[0][name][key], value, atol=1e-5, rtol=1e-5, msg=f"{name} {key}")
+            assert torch.equal(ranks[0][name][key], ranks[1][name][key])
         torch.testing.assert_close(ranks[0]["bfloat16"][key], value, atol=2e-2, rtol=0, msg=key)

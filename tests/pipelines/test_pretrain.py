@@ -83,6 +83,13 @@ def test_a_run_leaves_metrics_checkpoints_and_a_model(dataset: Dataset, finished
     assert [r["step"] for r in train] == list(range(1, 13))
     assert set(train[0]["loss"]) == {"text", "image", "audio"}
     assert train[0].keys() >= {"learning_rate", "gradient_norm", "tokens_per_s", "padding_share", "data_wait_share"}
+    telemetry = read_metrics(finished.folder / "metrics.jsonl", "telemetry")
+    norms = [r["gradient_norm"] for r in telemetry if "gradient_norm" in r]
+    assert len(norms) == 6
+    assert all(set(r["head"]) == {"image", "audio"} and set(r["embedding"]) == set(MODALITIES) for r in norms)
+    assert all(0 < norm < 100 for r in norms for part in r.values() for norm in part.values())
+    assert all(r["log_partition"]["text"] > 1 for r in telemetry if "log_partition" in r)
+    assert [len(r["attention_logits"]) for r in telemetry if "attention_logits" in r] == [2, 2]
     assert all(0 <= r["padding_share"] < 0.6 and r["tokens_per_s"] > 0 for r in train)
     assert [r["step"] for r in read_metrics(finished.folder / "metrics.jsonl", "validation")] == [6, 12]
     assert [p.name for p in list_checkpoints(finished.folder / "checkpoints")] == ["step-00000008", "step-00000012"]
@@ -278,6 +285,25 @@ def test_two_ranks_compute_what_one_computes_and_one_goes_on_from_two(dataset: D
     _assert_close(_losses(tmp_path / "two"), _losses(alone.folder))
 
 
+@pytest.mark.slow
+def test_four_ranks_with_masters_in_the_optimizer_follow_one_and_two_go_on(dataset: Dataset, tmp_path: Path) -> None:
+    model = _recipe(dataset, tmp_path).model.model_dump() | {"dropout": 0.0, "block_backend": "fused"}
+    more = LEAN | {"model": model, "batch": {"sequences": 8, "micro_batch": 1}}
+    alone = _losses(_run(_recipe(dataset, tmp_path / "alone", **more)).folder)
+    recipe = _recipe(dataset, tmp_path / "four", **more)
+    for ranks in (4, 2):
+        process = _start(recipe, tmp_path, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+        _, stderr = process.communicate()
+        assert process.returncode == 0, stderr.decode()
+        four = _losses(tmp_path / "four")
+        assert [step for step, _, _ in four] == [step for step, _, _ in alone]
+        for (_, ours, _), (_, theirs, _) in zip(four, alone, strict=True):
+            assert ours == pytest.approx(theirs, rel=5e-3)
+        # Forget the last four steps, and take them again with two ranks.
+        (tmp_path / "four" / "finished.json").unlink()
+        shutil.rmtree(list_checkpoints(tmp_path / "four" / "checkpoints")[-1])
+
+
 def _assert_close(ours: list[Any], theirs: list[Any]) -> None:
     assert [step for step, _, _ in ours] == [step for step, _, _ in theirs]
     for (_, one, norm), (_, other, other_norm) in zip(ours, theirs, strict=True):
@@ -309,6 +335,28 @@ def test_bf16_follows_fp32(dataset: Dataset, tmp_path: Path, finished: RunResult
     assert half.validation is not None
     assert finished.validation is not None
     assert dict(half.validation.items()) == pytest.approx(dict(finished.validation.items()), rel=0.02)
+
+
+LEAN = {"precision": "bf16", "masters": "optimizer", "optimizer": {"learning_rate": 3e-3, "moments": "bf16"}}
+
+
+@pytest.mark.parametrize("blocks", ["torch", "fused"])
+def test_bf16_weights_with_masters_in_the_optimizer_follow_fp32_and_go_on(
+    dataset: Dataset, tmp_path: Path, finished: RunResult, blocks: str
+) -> None:
+    model = _recipe(dataset, tmp_path).model.model_dump() | {"dropout": 0.0, "block_backend": blocks}
+    recipe = _recipe(dataset, tmp_path / "lean", model=model, **LEAN)
+    lean = _run(recipe)
+    assert lean.validation is not None
+    assert finished.validation is not None
+    assert dict(lean.validation.items()) == pytest.approx(dict(finished.validation.items()), rel=0.05)
+    before, weights = _losses(lean.folder), torch_weights(lean.folder)
+    (lean.folder / "finished.json").unlink()
+    last = list_checkpoints(lean.folder / "checkpoints")[-1]
+    last.rename(last.with_name("gone"))
+    assert _run(recipe).resumed_from == 8
+    assert _losses(lean.folder) == before
+    assert torch_weights(lean.folder) == weights
 
 
 def _row(identity: str, rng: np.random.Generator) -> Row:

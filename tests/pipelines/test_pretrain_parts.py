@@ -49,6 +49,8 @@ def test_every_fault_of_a_recipe_is_named_at_once(tmp_path: Path) -> None:
             "schedule.warmup_steps is 3 and schedule.decay_steps 8: they must fit into the 10 steps",
         ),
         ("optimizer: {learning_rate: .inf}\nsteps: 5", "optimizer.learning_rate = inf"),
+        ("precision: fp32\nmasters: optimizer\nsteps: 5", "masters is 'optimizer', which keeps weights in bf16"),
+        ("optimizer: {moments: bf16}\nsteps: 5", "set masters to 'optimizer', or moments to 'fp32'"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path: Path, text: str, fault: str) -> None:

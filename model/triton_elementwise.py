@@ -1,0 +1,261 @@
+"""Triton kernels of `model.elementwise`, for CUDA; TRITON_INTERPRET=1 runs them on the CPU, for tests.
+
+What lies between a block's matrix products is bound by memory, so each kernel reads every input once and writes every
+output once. One program holds whole rows, sums in float32 in a fixed order: equal input gives equal bits.
+
+Shapes: T tokens, D hidden, N heads, H head size.
+"""
+
+# A kernel's arguments have no Python types, and its constants are written large, as the field does.
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_FLAT = 4096
+"""Elements of one program where shapes do not matter."""
+
+
+@lru_cache
+def _programs(device: torch.device) -> int:
+    """As many as keep every multiprocessor busy while each still sums many rows."""
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+@triton.jit
+def _norm_kernel(x, residual, weight, output, means, rstds, eps, D, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = column < D
+    values = tl.load(x + row * D + column, mask=there, other=0.0).to(tl.float32)
+    if ADD:
+        values += tl.load(residual + row * D + column, mask=there, other=0.0).to(tl.float32)
+        # What the next layers see is the rounded sum, so its statistics are taken of that.
+        rounded = values.to(x.dtype.element_ty)
+        tl.store(x + row * D + column, rounded, mask=there)
+        values = rounded.to(tl.float32)
+    mean = tl.sum(values, 0) / D
+    centred = tl.where(there, values - mean, 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 0) / D + eps)
+    scale = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    tl.store(output + row * D + column, (centred * rstd * scale).to(output.dtype.element_ty), mask=there)
+    tl.store(means + row, mean)
+    tl.store(rstds + row, rstd)
+
+
+def norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm of x [T, D]; with a residual, x is first overwritten with the sum of both."""
+    T, D = x.shape
+    output = torch.empty_like(x)
+    means, rstds = torch.empty(2, T, device=x.device, dtype=torch.float32)
+    _norm_kernel[(T,)](
+        x, x if residual is None else residual, weight, output, means, rstds, eps, D,
+        ADD=residual is not None, BLOCK=triton.next_power_of_2(D), num_warps=_warps(D),
+    )  # fmt: skip
+    return output, means, rstds
+
+
+@triton.jit
+def _norm_backward_kernel(
+    grad_output, x, weight, means, rstds, grad_residual, grad_x, output, grad_weights, T, D,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    there = column < D
+    scale = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for step in range(ROWS):
+        row = program * ROWS + step
+        at = row * D + column
+        here = there & (row < T)
+        grad = tl.load(grad_output + at, mask=here, other=0.0).to(tl.float32)
+        values = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+        around = tl.load(grad_residual + at, mask=here, other=0.0).to(tl.float32)
+        rstd = tl.load(rstds + row, mask=row < T, other=0.0)
+        mean = tl.load(means + row, mask=row < T, other=0.0)
+        unit = tl.where(here, (values - mean) * rstd, 0.0)
+        total += grad * unit
+        scaled = grad * scale
+        along = tl.sum(scaled * unit, 0) / D
+        grad = (scaled - tl.sum(scaled, 0) / D - unit * along) * rstd + around
+        tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=here)
+        tl.store(output + at, (unit * scale).to(output.dtype.element_ty), mask=here)
+    tl.store(grad_weights + program * D + column, total, mask=there)
+
+
+def norm_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, means: Tensor, rstds: Tensor, grad_residual: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `model.elementwise.norm_backward`."""
+    T, D = x.shape
+    rows = triton.cdiv(T, _programs(x.device))
+    programs = triton.cdiv(T, rows)
+    grad_x, output = torch.empty_like(x), torch.empty_like(x)
+    grad_weights = torch.empty(programs, D, device=x.device, dtype=torch.float32)
+    _norm_backward_kernel[(programs,)](
+        grad_output, x, weight, means, rstds, grad_residual, grad_x, output, grad_weights, T, D,
+        ROWS=rows, BLOCK=triton.next_power_of_2(D), num_warps=_warps(D),
+    )  # fmt: skip
+    return grad_x, grad_weights.sum(0), output
+
+
+@triton.jit
+def _rotated(base, cos, sin, there, HALF):
+    """A tile of pairs at `base` and `base + HALF`, turned."""
+    first = tl.load(base, mask=there, other=0.0).to(tl.float32)
+    second = tl.load(base + HALF, mask=there, other=0.0).to(tl.float32)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _rotate_kernel(
+    q, k, v, out, cosines, sines, N, HALF, JOIN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """One token. Without JOIN q, k and out are one array [T, 3, N, H]; with it q, k, v are [T, N, H] each."""
+    token = tl.program_id(0).to(tl.int64)
+    head, pair = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_H)[None, :]
+    there = (head < N) & (pair < HALF)
+    cos = tl.load(cosines + token * HALF + pair, mask=pair < HALF, other=0.0)
+    sin = tl.load(sines + token * HALF + pair, mask=pair < HALF, other=0.0)
+    size = N * 2 * HALF
+    at = head * 2 * HALF + pair
+    to = out + token * 3 * size + at
+    if JOIN:
+        from_q, from_k, from_v = q + token * size + at, k + token * size + at, v + token * size + at
+        sin = -sin
+    else:
+        from_q, from_k, from_v = q + token * 3 * size + at, k + token * 3 * size + size + at, v + at
+    first, second = _rotated(from_q, cos, sin, there, HALF)
+    tl.store(to, first.to(out.dtype.element_ty), mask=there)
+    tl.store(to + HALF, second.to(out.dtype.element_ty), mask=there)
+    first, second = _rotated(from_k, cos, sin, there, HALF)
+    tl.store(to + size, first.to(out.dtype.element_ty), mask=there)
+    tl.store(to + size + HALF, second.to(out.dtype.element_ty), mask=there)
+    if JOIN:
+        tl.store(to + 2 * size, tl.load(from_v, mask=there), mask=there)
+        tl.store(to + 2 * size + HALF, tl.load(from_v + HALF, mask=there), mask=there)
+
+
+def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `model.elementwise.rotate_`; qkv, cos and sin are contiguous."""
+    _rotate(qkv, qkv, qkv, qkv, cos, sin, join=False)
+    return qkv
+
+
+def join_rotated(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `model.elementwise.join_rotated`."""
+    T, N, H = grad_q.shape
+    joined = torch.empty(T, 3, N, H, device=grad_q.device, dtype=grad_q.dtype)
+    _rotate(grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous(), joined, cos, sin, join=True)
+    return joined
+
+
+def _rotate(q: Tensor, k: Tensor, v: Tensor, out: Tensor, cos: Tensor, sin: Tensor, *, join: bool) -> None:
+    T, _, N, H = out.shape
+    _rotate_kernel[(T,)](
+        q, k, v, out, cos, sin, N, H // 2, JOIN=join,
+        BLOCK_N=triton.next_power_of_2(N), BLOCK_H=triton.next_power_of_2(H // 2), num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _below(x):
+    """The normal distribution function."""
+    return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_kernel(x, output, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < size
+    values = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(output + at, (values * _below(values)).to(output.dtype.element_ty), mask=there)
+
+
+def gelu(h: Tensor) -> Tensor:
+    """See `model.elementwise.gelu`; h is contiguous."""
+    output = torch.empty_like(h)
+    _gelu_kernel[(triton.cdiv(h.numel(), _FLAT),)](h, output, h.numel(), BLOCK=_FLAT, num_warps=8)
+    return output
+
+
+@triton.jit
+def _gelu_backward_kernel(grad, x, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < size
+    values = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    arriving = tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
+    below = _below(values)
+    density = tl.exp(-0.5 * values * values) * 0.3989422804014327
+    tl.store(grad + at, (arriving * (below + values * density)).to(grad.dtype.element_ty), mask=there)
+    tl.store(x + at, (values * below).to(x.dtype.element_ty), mask=there)
+
+
+def gelu_backward_(grad_output: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """See `model.elementwise.gelu_backward_`; both are contiguous."""
+    _gelu_backward_kernel[(triton.cdiv(h.numel(), _FLAT),)](grad_output, h, h.numel(), BLOCK=_FLAT, num_warps=8)
+    return grad_output, h
+
+
+@triton.jit
+def _softmax_loss_kernel(
+    logits, ids, coefficient, z_weight, losses, log_partitions, ignored,
+    V: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One target: its loss and log-partition; its logits become the gradient of coefficient (loss + z log_partition^2)."""
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * STRIDE
+    column = tl.arange(0, BLOCK)
+    # Largest value and sum of each lane as they pass, joined once at the end.
+    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, V, BLOCK):
+        there = first + column < V
+        values = tl.load(start + first + column, mask=there, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(largest, values)
+        # A lane that has seen nothing yet holds -inf, and -inf - -inf is no number.
+        base = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp(largest - base) + tl.exp(values - base)
+        largest = larger
+    top = tl.max(largest, 0)
+    log_partition = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
+    target = tl.load(ids + row)
+    valid = target != ignored
+    target = tl.where(valid, target, 0)
+    chosen = tl.load(start + target).to(tl.float32)
+    tl.store(losses + row, tl.where(valid, log_partition - chosen, 0.0))
+    tl.store(log_partitions + row, tl.where(valid, log_partition, 0.0))
+    scale = tl.where(valid, tl.load(coefficient), 0.0)
+    each = scale * (1 + 2 * z_weight * log_partition)
+    # The target's own logit was read above, by every thread, before any is overwritten below.
+    tl.debug_barrier()
+    for first in range(0, V, BLOCK):
+        there = first + column < V
+        values = tl.load(start + first + column, mask=there, other=float("-inf")).to(tl.float32)
+        grad = each * tl.exp(values - log_partition) - tl.where(first + column == target, scale, 0.0)
+        tl.store(start + first + column, grad.to(logits.dtype.element_ty), mask=there)
+
+
+def softmax_loss_(
+    logits: Tensor, ids: Tensor, coefficient: Tensor, z_weight: float, ignored: int
+) -> tuple[Tensor, Tensor]:
+    """See `model.loss._softmax_loss_`; rows of logits are contiguous."""
+    C, V = logits.shape
+    losses, log_partitions = torch.empty(2, C, device=logits.device, dtype=torch.float32)
+    _softmax_loss_kernel[(C,)](
+        logits, ids, coefficient, z_weight, losses, log_partitions, ignored,
+        V=V, STRIDE=logits.stride(0), BLOCK=min(8192, triton.next_power_of_2(V)), num_warps=8 if V >= 4096 else 4,
+    )  # fmt: skip
+    return losses, log_partitions
+
+
+def _warps(size: int) -> int:
+    return min(16, max(1, triton.next_power_of_2(size) // 512))
