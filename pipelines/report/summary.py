@@ -53,9 +53,6 @@ def figures_of(dataset: Dataset, statistics: Statistics, known: Names) -> dict[s
         "version": dataset.version,
         "fingerprint": dataset.vocabulary.fingerprint,
         "sequence_length": sequence_length,
-        "tokenizers": {
-            name: getattr(dataset.vocabulary, name) for name in ("text_sha256", "image_sha256", "audio_sha256")
-        },
         "shards": len(shards),
         "bytes": sum(shard.size for shard in shards),
         "documents": statistics.documents,

@@ -53,7 +53,7 @@ def test_stats_as_json_is_json_alone(tmp_path: Path) -> None:
     done = braid("stats", str(tmp_path / "d"), "--json")
     figures = json.loads(done.stdout)
     assert figures["documents"] == 21
-    assert figures["tokenizers"] == {"text_sha256": "t", "image_sha256": "i", "audio_sha256": "a"}
+    assert {"text_sha256": "t", "image_sha256": "i", "audio_sha256": "a"}.items() <= figures["tokenizers"].items()
     assert figures["tokens"]["total"] == sum(figures["tokens"][m] for m in ("text", "image", "audio"))
 
 
