@@ -9,11 +9,24 @@ Shapes: T tokens, D hidden, N heads, H head size.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether the Triton kernels take a tensor: on CUDA, no wider than their float32, and not while a graph is traced."""
+    return x.is_cuda and x.dtype != torch.float64 and has_triton() and not torch.compiler.is_compiling()
+
+
+@lru_cache
+def has_triton() -> bool:
+    """It comes with torch's CUDA builds for Linux."""
+    return importlib.util.find_spec("triton") is not None
 
 
 class Normed(NamedTuple):
@@ -29,7 +42,7 @@ class Normed(NamedTuple):
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Normed:
     """LayerNorm without bias over the last dimension of x [T, D] (Ba et al., 2016)."""
-    if x.is_cuda:
+    if has_kernels(x):
         from model import triton_elementwise
 
         return Normed(*triton_elementwise.norm(x, None, weight, eps))
@@ -41,7 +54,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Normed:
 
 def add_norm_(y: Tensor, x: Tensor, weight: Tensor, eps: float) -> Normed:
     """Overwrite y with x + y, and normalize that."""
-    if x.is_cuda:
+    if has_kernels(x):
         from model import triton_elementwise
 
         return Normed(*triton_elementwise.norm(y, x, weight, eps))
@@ -66,7 +79,7 @@ def norm_backward(
         Gradient of x [T, D], both parts; gradient of the weight [D], float32 at least; the norm's output once more, which
         the next matrix product's weight gradient needs.
     """
-    if x.is_cuda:
+    if has_kernels(x):
         from model import triton_elementwise
 
         return triton_elementwise.norm_backward(grad_output, x, weight, mean, rstd, grad_residual)
@@ -83,7 +96,7 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         cos, sin: [T, H/2], float32 at least.
     """
-    if qkv.is_cuda:
+    if has_kernels(qkv):
         from model import triton_elementwise
 
         return triton_elementwise.rotate_(qkv, cos, sin)
@@ -95,7 +108,7 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def join_rotated(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """Gradients of the rotated queries and keys and of the values, each [T, N, H], as the gradient of qkv [T, 3, N, H]."""
-    if grad_q.is_cuda and cos is not None and sin is not None:
+    if has_kernels(grad_q) and cos is not None and sin is not None:
         from model import triton_elementwise
 
         return triton_elementwise.join_rotated(grad_q, grad_k, grad_v, cos, sin)
@@ -105,7 +118,7 @@ def join_rotated(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor | N
 
 def gelu(h: Tensor) -> Tensor:
     """The exact form (Hendrycks and Gimpel, 2016): x times the normal distribution function of x."""
-    if h.is_cuda:
+    if has_kernels(h):
         from model import triton_elementwise
 
         return triton_elementwise.gelu(h)
@@ -114,7 +127,7 @@ def gelu(h: Tensor) -> Tensor:
 
 def gelu_backward_(grad_output: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """Overwrite grad_output with the gradient of h, and h with gelu(h); returns both."""
-    if h.is_cuda:
+    if has_kernels(h):
         from model import triton_elementwise
 
         return triton_elementwise.gelu_backward_(grad_output, h)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.elementwise import has_kernels
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -39,7 +41,7 @@ def quantize(x: Tensor, dtype: torch.dtype, transpose: bool = False) -> tuple[Te
     """
     largest = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).clamp(min=1e-12)
     scale = torch.finfo(dtype).max / largest
-    if x.is_cuda:
+    if has_kernels(x):
         from model import triton_float8
 
         return triton_float8.cast(x, scale, dtype, transpose), scale.reciprocal()

@@ -14,8 +14,6 @@ Shapes: B rows, T tokens of all rows, D hidden, F feed-forward, N heads, H head 
 
 from __future__ import annotations
 
-import importlib.util
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -78,14 +76,9 @@ def fused_unavailable(config: UnifiedTransformerConfig, x: Tensor, training: boo
         return "autocast is on, and the fused block takes weights and activations of one type"
     if torch.compiler.is_compiling():
         return "the model is being compiled"
-    if x.is_cuda and not _triton():
+    if x.is_cuda and not elementwise.has_triton():
         return "it needs Triton, which comes with torch's CUDA builds"
     return None
-
-
-@lru_cache
-def _triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def fused_block(x: Tensor, plan: AttentionPlan, block: TransformerBlock) -> Tensor:
@@ -151,9 +144,7 @@ class _FusedBlock(torch.autograd.Function):
         ctx.kept = None
         mean, rstd, leaves, mixed, middle, middle_mean, middle_rstd, wide = kept
         del kept
-        flat, grad = x.flatten(0, 1), grad_output.flatten(0, 1)
-        if not grad.is_contiguous():
-            grad = grad.contiguous()
+        flat, grad = (part.contiguous().flatten(0, 1) for part in (x, grad_output))
 
         if wide is None:
             normed = elementwise.norm_again(middle, middle_norm_weight, middle_mean, middle_rstd)
@@ -214,7 +205,7 @@ def _run(
     """The forward pass. Without `output` it stops before the last product, and what it returns first means nothing."""
     norm_weight, qkv_weight, output_weight, middle_norm_weight, in_weight, out_weight, *head_norms = weights
     B, length, D = x.shape
-    flat = x.flatten(0, 1)
+    flat = x.contiguous().flatten(0, 1)
     normed, mean, rstd = elementwise.norm(flat, norm_weight, eps)
     qkv = products.product(normed, qkv_weight, float8).view(B * length, 3, num_heads, D // num_heads)
     del normed

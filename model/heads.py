@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.batch import IGNORE_INDEX, Targets
+from model.elementwise import has_kernels
 from model.products import accumulates_in_float32, add_product_
 
 
@@ -104,7 +105,7 @@ class _HeadLosses(torch.autograd.Function):
 def _softmax_loss_(logits: Tensor, ids: Tensor, coefficient: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
     """Negative log likelihoods and log-partitions [C] of logits [C, V], which become the gradient of coefficient x (nll +
     z_weight x log_partition^2). Where there is no target, all of it is 0."""
-    if logits.is_cuda:
+    if has_kernels(logits):
         from model import triton_elementwise
 
         return triton_elementwise.softmax_loss_(logits, ids, coefficient, z_weight, IGNORE_INDEX)

@@ -25,6 +25,24 @@ POINTS = (
 )
 """In the order in which a unit passes them; those of writing lie in the workers, the others in the driver."""
 
+PIPELINE_POINTS = (
+    "lease_taken",
+    "plan_written",
+    "before_step",
+    "step_begins",
+    "stage_claimed",
+    "stage_trained",
+    "evaluated",
+    "export_copied",
+    "exported",
+    "step_ended",
+    "after_step",
+    "before_record",
+    "after_record",
+    "before_release",
+)
+"""In the order in which a recurring pipeline passes them; from `step_begins` to `step_ended` they lie in a step's process."""
+
 SAVE_POINTS = ("while_saving", "before_rename")
 """Those of a checkpoint: its data is written, its record too. A training process passes them."""
 

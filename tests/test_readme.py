@@ -47,8 +47,8 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     books.mkdir()
     lines = (json.dumps({"text": f"A short story about cat number {n}. " * 9}) for n in range(60))
     (books / "stories.jsonl").write_text("\n".join(lines) + "\n")
-    (recipe,) = (text for text in snippets("yaml") if text.startswith("# animals.yaml"))
-    (tmp_path / "animals.yaml").write_text(recipe)
+    for recipe in snippets("yaml"):
+        (tmp_path / recipe.partition("\n")[0].removeprefix("# ")).write_text(recipe)
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in commands():
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from pipelines.cli import datasets, inspection, jobs, runs, tokenizers, training
+from pipelines.cli import datasets, inspection, jobs, pipeline, runs, tokenizers, training
 from pipelines.cli.options import err
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ for group in (datasets.app, inspection.app, training.app):
     app.add_typer(group)
 app.add_typer(datasets.quarantine_app, name="quarantine")
 app.add_typer(tokenizers.app, name="tokenizer")
+app.add_typer(pipeline.app, name="pipeline")
 app.add_typer(runs.checkpoint_app, name="checkpoint")
 app.add_typer(runs.runs_app, name="runs")
 app.add_typer(jobs.app, name="jobs")

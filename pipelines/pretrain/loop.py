@@ -46,6 +46,7 @@ from pipelines.pretrain.run import (
 )
 from pipelines.pretrain.saving import Saver
 from pipelines.pretrain.schedule import learning_rate_factor
+from pipelines.pretrain.stages import data_seed, require_stage_start
 from pipelines.pretrain.step import clip_gradients, forward_backward, seed_step
 from pipelines.pretrain.telemetry import attention_peaks, by_modality
 from pipelines.pretrain.validate import CrossEntropy, Validator
@@ -72,7 +73,7 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
             return finished
         data = open_data(recipe, ranks)
         recipe = data.recipe
-        with train_loader(data, ranks, recipe.seed) as loader:
+        with train_loader(data, ranks, data_seed(recipe)) as loader:
             return _train(recipe, data, loader, make_validator(data, ranks), ranks, console or Console())
 
 
@@ -93,7 +94,7 @@ def _train(
     share_codebook_directions(model, vocabulary, recipe.seed)
     optimizer = make_optimizer(model, recipe.optimizer)
     guard = Guard(recipe.faults, ranks.device)
-    start = _resume(folder, data, loader, model, optimizer, guard, ranks, console)
+    start = _resume(recipe, data, loader, model, optimizer, guard, ranks, console)
     if ranks.first:
         for path in stacks_left(folder):
             console.print(f"THE RUN BEFORE HUNG: see the stacks in {path}", style="bold red", soft_wrap=True)
@@ -120,8 +121,8 @@ def _train(
         saver,
     ):
         metrics.say(_opening(recipe, loader, model, start, ranks))
-        if baseline and not start:
-            metrics.write("baseline", 0, {"loss": baseline.to_json()})
+        if baseline and start == recipe.from_step:
+            metrics.write("baseline", start, {"loss": baseline.to_json()})
         for step in range(start + 1, total + 1):
             seed_step(recipe.seed, step, ranks.rank)
             with metrics.waiting():
@@ -180,6 +181,8 @@ def _train(
 def _finished(recipe: PretrainRecipe) -> RunResult | None:
     """What the run came to, if nothing is left to do; a run whose model was deleted has still to export it."""
     finished = read_finished(Path(recipe.output))
+    if finished and finished.steps <= recipe.from_step:
+        return None
     if finished is None or (finished.model / "braid.json").is_file():
         return finished
     if not list_checkpoints(finished.folder / "checkpoints"):
@@ -195,7 +198,7 @@ def _due(step: int, every: int, total: int) -> bool:
 
 
 def _resume(
-    folder: Path,
+    recipe: PretrainRecipe,
     data: RunData,
     loader: Loader,
     model: ShardedTransformer,
@@ -208,11 +211,14 @@ def _resume(
 
     Raises:
         CheckpointError: there are checkpoints, but none of them is whole.
+        StageError: the checkpoint that this stage goes on from is gone, or damaged.
     """
-    saved = list_checkpoints(folder / "checkpoints")
+    saved = list_checkpoints(Path(recipe.output) / "checkpoints")
+    require_stage_start(recipe, saved)
     damaged: list[tuple[Path, DamagedCheckpointError]] = []
     for path in reversed(saved):
         try:
+            require_stage_start(recipe, [path])
             trained_on = Vocabulary.from_dict(read_checkpoint(path).vocabulary)
             trained_on.require_same(data.vocabulary, this=str(path), that=data.first.uri)
             checkpoint = load_checkpoint(path, model, optimizer, ranks)
@@ -227,7 +233,9 @@ def _resume(
                 soft_wrap=True,
             )
         guard.load_state_dict(checkpoint.guard)
-        loader.load_state_dict(dict(checkpoint.loader))
+        if checkpoint.step != recipe.from_step:
+            # A stage begins with data of its own.
+            loader.load_state_dict(dict(checkpoint.loader))
         return checkpoint.step
     if damaged:
         # Starting over would throw away what took days, so that is for a person to decide.

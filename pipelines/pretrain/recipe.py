@@ -165,6 +165,9 @@ class PretrainRecipe(Settings):
     """Optimizer steps of the run. Give either this or `tokens`."""
     tokens: int | None = Field(default=None, ge=1)
     """Token budget, padding included, rounded up to whole steps."""
+    from_step: int = Field(default=0, ge=0)
+    """Steps that earlier stages of the run in this folder have taken: it goes on from there, with the data in a new order.
+    `pipelines.pretrain.stages` sets it; the length of the run counts them."""
     precision: Literal["bf16", "fp32", "float8"] = "bf16"
     """What matrices are multiplied in. float8 is for the blocks alone, without their weight gradients; the rest is bf16."""
     masters: Literal["parameters", "optimizer"] = "parameters"
@@ -214,6 +217,13 @@ class PretrainRecipe(Settings):
             raise ValueError(
                 f"schedule.warmup_steps is {warmup} and schedule.decay_steps {decay}: they must fit into the {total} "
                 "steps of the run; lower one of them"
+            )
+        if self.from_step >= total:
+            raise ValueError(f"from_step is {self.from_step}, but the run ends with step {total}; lengthen it")
+        if self.from_step and self.schedule.kind != "wsd":
+            raise ValueError(
+                f"schedule.kind is {self.schedule.kind}, whose rate follows the length of the whole run; a run that goes on "
+                "by stages needs wsd"
             )
         return self
 

@@ -5,6 +5,7 @@ RUN/metrics.jsonl      every step
 RUN/checkpoints/       see `checkpoint`
 RUN/model/             the trained model, see `export`
 RUN/finished.json      written last
+RUN/stages/            of a run that goes on by stages, see `stages`
 RUN/jobs/              folders of cluster jobs that trained here
 RUN/.lock              locked by the process that trains here
 
@@ -35,7 +36,11 @@ _MAY_CHANGE = (
 """Keys of a recipe that a run may go on with another value of: they change nothing that is learned."""
 
 
+_OF_A_STAGE = {"from_step", "steps", "tokens", "data.version", "schedule.warmup_steps", "schedule.decay_steps"}
+"""What may differ between a stage and the one before it in the same folder."""
+
 JOBS = "jobs"
+_BEFORE_THE_RUN = {JOBS, "stages"}
 """May be there before the run is."""
 
 
@@ -96,7 +101,8 @@ def _require_held(folder: Path, held: bool) -> None:
 def claim_folder(recipe: PretrainRecipe) -> PretrainRecipe:
     """The recipe of the run in its folder: the given one, with the dataset version that a run there has pinned.
 
-    A run that has neither a checkpoint nor its end is nothing to go on with: another recipe takes its folder over.
+    A run that has neither a checkpoint nor its end is nothing to go on with: another recipe takes its folder over. So does
+    the next stage of a run that has finished the one before it.
 
     Raises:
         RunError: the folder holds a run of another recipe, or something else; the message lists what differs.
@@ -106,7 +112,7 @@ def claim_folder(recipe: PretrainRecipe) -> PretrainRecipe:
         raise RunError(f"{wrong}: a file, where `output` = {recipe.output} needs a folder; set `output` to another one")
     file = folder / "recipe.yaml"
     if not file.exists():
-        if folder.is_dir() and any(p for p in folder.iterdir() if p.name != JOBS and not p.name.startswith(".")):
+        if folder.is_dir() and any(p for p in folder.iterdir() if p.name[0] != "." and p.name not in _BEFORE_THE_RUN):
             raise RunError(f"{folder}: not empty, and no run of Braid; set `output` to a new folder")
         return recipe
     there = read_recipe(PretrainRecipe, file)
@@ -116,6 +122,9 @@ def claim_folder(recipe: PretrainRecipe) -> PretrainRecipe:
     if not differing:
         return pinned
     if not list_checkpoints(folder / "checkpoints") and not (folder / "finished.json").exists():
+        return recipe
+    before = read_finished(folder)
+    if before and before.steps == recipe.from_step == there.total_steps and _OF_A_STAGE.issuperset(differing):
         return recipe
     if {"steps", "tokens"}.issuperset(differing):
         remedy = (

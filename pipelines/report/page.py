@@ -206,7 +206,7 @@ def _settings(file: GeneratedFile) -> str:
     sampling = record.get("sampling", {}).get(file.modality.label, {})
     parts = [] if record["prompt"] else ["no prompt"]
     parts += [f"{name} {record[name]}" for name in ("seed", "sample", "step") if record.get(name) is not None]
-    neutral = {"top_k": (None,), "top_p": (None, 1), "min_p": (None, 0)}
+    neutral = {"top_p": (None, 1), "min_p": (None, 0), "repetition_penalty": (None, 1), "guidance": (None, 1)}
     parts += [
         f"{name.replace('_', '-')} {value:g}"
         for name, value in sampling.items()

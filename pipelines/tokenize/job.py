@@ -20,13 +20,16 @@ from pipelines.shards.dataset import Dataset, DatasetError
 from pipelines.shards.statistics import MODALITIES, Statistics
 from pipelines.shards.storage import Storage
 from pipelines.shards.writer import WrittenShard
+from pipelines.tokenize.budget import JobError, check_budget, require_budget
 from pipelines.tokenize.history import last_settings, record_recipe
 from pipelines.tokenize.ledger import Ledger
 from pipelines.tokenize.planning import Plan, Request, plan
-from pipelines.tokenize.pool import JobError, Pool
+from pipelines.tokenize.pool import Pool
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.tokenizers import Tokenizers
 from pipelines.tokenize.units import WorkUnit
+
+__all__ = ["JobError", "Summary", "tokenize"]
 
 COMMIT_EVERY_S = 5.0
 """Finished units wait at most so long for their commit."""
@@ -106,8 +109,7 @@ def tokenize(
             _run(recipe, dataset, ledger, work, request, pool, watch, summary)
     summary.version = dataset.version
     summary.seconds = time.monotonic() - began
-    # Judged over the whole dataset: a second try must not walk through a budget that the first one spent.
-    _check_budget(recipe, dataset.statistics().documents, dataset.rejects())
+    require_budget(recipe, dataset)
     return summary
 
 
@@ -184,7 +186,7 @@ def _run(
                 progress.finished(unit, shard, Statistics.from_json(shard.statistics))
                 # Units that are tried again were chosen for their rejects: they are judged among all others, at the end.
                 if not request.retry and finished.documents + finished.rejects >= BUDGET_FROM_DOCUMENTS:
-                    _check_budget(recipe, finished.documents, finished.rejects)
+                    check_budget(recipe, finished.documents, finished.rejects)
             if (began := time.monotonic()) > commit_at:
                 _commit(dataset, ledger, finished, summary)
                 now = time.monotonic()
@@ -231,13 +233,3 @@ def _commit(dataset: Dataset, ledger: Ledger, finished: Finished, summary: Summa
         summary.rejects += shard.rejects
         for modality in MODALITIES:
             summary.tokens[modality] += statistics.tokens(modality)
-
-
-def _check_budget(recipe: TokenizeRecipe, documents: int, rejects: int) -> None:
-    seen = documents + rejects
-    if rejects > recipe.error_budget * seen:
-        raise JobError(
-            f"{rejects} of {seen} documents ({rejects / seen:.1%}) could not be tokenized, over the "
-            f"error_budget of {recipe.error_budget:.1%}; see why with `braid quarantine list {recipe.dataset}`, then mend "
-            "the inputs (changed files are done again) or raise error_budget. What is done stays committed."
-        )

@@ -8,6 +8,7 @@ become visible together.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,8 @@ class Request:
     """Do units with rejects again."""
     reasons: tuple[str, ...] = ()
     """Of those, only units with rejects for one of these reasons; all if there are none."""
+    without: frozenset[str] = frozenset()
+    """Units that are left undone, with those that wait for them: a recurring pipeline sets aside what failed too often."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +68,10 @@ class Plan:
     """By source, where any are missing."""
     together: frozenset[str] = frozenset()
     """Pending units that are committed all at once: those that a request for retirement has made."""
+    begun: bool = False
+    """Whether an earlier run has planned some of the pending units, but not done them."""
+    set_aside: tuple[str, ...] = ()
+    """Units that would be pending, but for `Request.without`."""
 
 
 class Listing:
@@ -92,6 +99,16 @@ class Listing:
     def inputs(self, mask: pa.Array) -> list[Input]:
         """The inputs where a mask is true."""
         return [Input(**row | {"parts": tuple(row["parts"])}) for row in self._table.filter(mask).to_pylist()]
+
+    @property
+    def digest(self) -> str:
+        """Equal for listings of the same inputs in the same states; 20 hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=10)
+        for column in (self.uri, self.etag):
+            for start in range(0, len(column), _CHUNK):
+                digest.update("\0".join(column.slice(start, _CHUNK).to_pylist()).encode())
+            digest.update(b"\0\0")
+        return digest.hexdigest()
 
     def named(self, uris: Collection[str]) -> dict[str, Input]:
         """Those of some inputs that are there, by uri, in the source's order."""
@@ -131,8 +148,14 @@ def dry_plan(
     request: Request = Request(),
 ) -> Plan:
     """What `plan` would find, for a dataset that may not be there yet; nothing is written."""
+    return plan_for(dataset, {source.name: Listing(source.inputs()) for source in sources}, settings, request)
+
+
+def plan_for(
+    dataset: Dataset | None, listed: Mapping[str, Listing], settings: UnitSettings, request: Request = Request()
+) -> Plan:
+    """`dry_plan` of sources that have been listed."""
     ledger = Ledger.existing(dataset.storage) if dataset else None
-    listed = {source.name: Listing(source.inputs()) for source in sources}
     retried = dataset.rejected_units(request.reasons) if dataset and request.retry else set()
     return _Comparison(listed, ledger, settings, request, retried).plan(dataset.units if dataset else ())
 
@@ -218,11 +241,17 @@ class _Comparison:
     def plan(self, held: Collection[str]) -> Plan:
         waiting = [name for name in self._current if name not in held]
         known = self._ledger.units(waiting) if self._ledger and waiting else []
+        pending = self._located(known) + self.added
+        aside = {unit.id for unit in pending if unit.id in self._request.without}
+        replaced = {unit.replaces for unit in pending if unit.id in aside and unit.replaces}
+        aside |= {unit.id for unit in pending if unit.replaces in replaced}
         return Plan(
-            pending=self._located(known) + self.added,
+            pending=[unit for unit in pending if unit.id not in aside],
             done=len(self._current) - len(waiting),
             missing=self._missing,
             together=frozenset(self._together),
+            begun=any(unit.id not in aside for unit in known),
+            set_aside=tuple(sorted(aside)),
         )
 
     def _located(self, units: list[WorkUnit]) -> list[WorkUnit]:

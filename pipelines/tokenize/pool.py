@@ -17,11 +17,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from pipelines.corpus.errors import StoreError, TransientError
 from pipelines.shards.storage import DiskFullError
 from pipelines.shards.writer import WrittenShard
+from pipelines.tokenize.budget import JobError
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.units import WorkUnit
 from pipelines.tokenize.worker import UnitWorker
@@ -33,8 +34,22 @@ RETRY_AFTER_S = 1.0
 """Wait before a unit that failed is tried again; twice as long each further time."""
 
 
-class JobError(RuntimeError):
-    """The job had to stop; what it committed stays, and the same command goes on from there."""
+_RESTART_POLL_S = 0.1
+"""Wait before a worker that is being restarted is asked again."""
+
+MOST_AWAY, MOST_DIED = 3, 10
+"""When so many units in a row have failed because a store was away, or because their workers died, it is not the units."""
+
+
+class UnitsFailedError(JobError):
+    """Some units failed as often as the recipe allows; the message says which, and why."""
+
+    def __init__(self, message: str, units: Iterable[str]) -> None:
+        """Args:
+        units: those that are to blame themselves, all others being done.
+        """
+        super().__init__(message)
+        self.units = sorted(units)
 
 
 @dataclass(eq=False)
@@ -60,6 +75,12 @@ class Pool:
         self._tries: Counter[str] = Counter()
         self._delayed: list[tuple[float, WorkUnit]] = []
         """Units to be tried again from a time on."""
+        self._failed: list[str] = []
+        """Of units that are not tried again, why."""
+        self._to_blame: set[str] = set()
+        """Of these, the units that killed their workers while others did not."""
+        self._in_a_row: Counter[str] = Counter()
+        """Of these, by kind, those since the last unit that was finished."""
         self.ready_s = 0.0
         """From the start to the first worker that was ready."""
 
@@ -106,7 +127,8 @@ class Pool:
         """Do the units, the first ones first; each with its shard as it is finished, None when `tick_s` passed without.
 
         Raises:
-            JobError: a unit failed as often as the recipe allows.
+            UnitsFailedError: units failed as often as the recipe allows; at the end, so that none of them holds up others.
+            JobError: a store refuses.
         """
         waiting = deque(units)
         while waiting or self._delayed or any(actor.running for actor in self._actors):
@@ -119,7 +141,13 @@ class Pool:
                 yield None
             for reference in done:
                 if reference in self._pending and (finished := self._received(reference, waiting)):
+                    self._in_a_row.clear()
                     yield finished
+            if self._in_a_row["away"] >= MOST_AWAY or self._in_a_row["died"] >= MOST_DIED:
+                self._to_blame.clear()
+                break
+        if self._failed:
+            raise UnitsFailedError("\n".join(self._failed), self._to_blame)
 
     def _received(self, reference: Any, waiting: deque[WorkUnit]) -> tuple[WorkUnit, WrittenShard] | None:
         actor, unit = self._pending[reference]
@@ -127,14 +155,20 @@ class Pool:
             result = ray.get(reference)
         except RayActorError as error:
             if unit is None:
-                raise
+                if not isinstance(error, ActorUnavailableError):
+                    raise
+                # It died, and is not back yet.
+                self._forget(reference)
+                time.sleep(_RESTART_POLL_S)
+                self._await_start(actor)
+                return None
             # Only the first was being done; the worker comes back, and the others wait for it or for another.
             lost = [self._pending.pop(r)[1] for r in actor.running]
             actor.running, actor.ready = [], False
             self._await_start(actor)
             waiting.extendleft(u for u in reversed(lost[1:]) if u)
             assert lost[0]
-            self._again(lost[0], "its worker died without a Python error (out of memory, or killed)", error)
+            self._again(lost[0], "died", "its worker died without a Python error (out of memory, or killed)")
             return None
         except RayTaskError as error:
             if isinstance(error.cause, DiskFullError | StoreError):
@@ -142,7 +176,7 @@ class Pool:
             if unit is None or not isinstance(error.cause, TransientError):
                 raise
             self._forget(reference)
-            self._again(unit, str(error.cause), error)
+            self._again(unit, "away", str(error.cause))
             return None
         self._forget(reference)
         if unit is None:
@@ -180,15 +214,19 @@ class Pool:
             self._actors.remove(actor)
             self._pending = {r: owed for r, owed in self._pending.items() if owed[0] is not actor}
 
-    def _again(self, unit: WorkUnit, why: str, error: Exception) -> None:
+    def _again(self, unit: WorkUnit, kind: str, why: str) -> None:
         self._tries[unit.id] += 1
         if self._tries[unit.id] >= self._recipe.units.tries:
             first, last = unit.slices[0], unit.slices[-1]
-            raise JobError(
+            self._in_a_row[kind] += 1
+            if kind == "died":
+                self._to_blame.add(unit.id)
+            self._failed.append(
                 f"unit {unit.id} failed {self._tries[unit.id]} times, last because {why}: {len(unit.slices)} inputs of "
                 f"source {unit.source}, from {first.input.uri} to {last.input.uri}. Lower units.bytes or workers, or look "
                 "at these inputs; what is done stays committed."
-            ) from error
+            )
+            return
         self._delayed.append((time.monotonic() + RETRY_AFTER_S * 2.0 ** (self._tries[unit.id] - 1), unit))
 
     def _wait_for_the_first(self, timeout_s: float) -> None:

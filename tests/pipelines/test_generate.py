@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -285,7 +285,7 @@ def test_files_as_prompt_go_through_the_preprocessing_of_the_dataset(
     document = Document(source="s", position=0, spans=tuple(spans))
     prepared = prepare(document, Filters(), recipe.tokenizers, worker.tokenizers.shapes)
     assert isinstance(prepared, Prepared)
-    [row] = worker._encode([prepared])
+    [row] = worker._laid_out([prepared], worker._start([prepared])())
     encoded = encode_prompt(["the fox", *files], generator.vocabulary, generator.tokenizers)
     assert encoded.token_ids.tolist() == row.sequence.token_ids[:-1].tolist()  # type: ignore[union-attr]
     assert encoded.modality_ids.tolist() == row.sequence.modality_ids[:-1].tolist()  # type: ignore[union-attr]
@@ -399,7 +399,7 @@ def test_a_checkpoint_makes_files_with_their_settings_beside_and_inside_them(
         record = json.loads((tmp_path / f"the-fox-dogs-seed4-1{suffix}.json").read_text())
         assert record["prompt"] == [{"text": prompt}]
         assert (record["seed"], record["sample"], record["step"]) == (4, 1, 7)
-        assert record["sampling"][want] == {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}
+        assert record["sampling"][want] == asdict(Sampling())
         assert (record["checkpoint"], record["fingerprint"]) == (str(checkpoint), vocabulary.fingerprint)
         tokens = record.pop("tokens")
         spans = parse(vocabulary, np.array(tokens["token_ids"], np.int32), np.array(tokens["modality_ids"], np.int8))

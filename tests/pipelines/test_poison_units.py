@@ -1,0 +1,62 @@
+"""Units that kill their workers: they hold up nothing else, and can be left out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipelines.shards.dataset import Dataset
+from pipelines.shards.writer import WrittenShard
+from pipelines.tokenize import pool
+from pipelines.tokenize.job import tokenize
+from pipelines.tokenize.ledger import Ledger
+from pipelines.tokenize.planning import Request, dry_plan
+from pipelines.tokenize.units import WorkUnit
+from pipelines.tokenize.worker import UnitWorker
+from tests.pipelines.jobs import stored, text_recipe
+
+
+class Poisoned(UnitWorker):
+    """Dies, as if it had no memory left, over inputs that are named so."""
+
+    def run(self, unit: WorkUnit) -> WrittenShard:
+        if any("poison" in piece.input.uri for piece in unit.slices):
+            os._exit(137)
+        return super().run(unit)
+
+
+@pytest.mark.slow
+def test_a_unit_that_kills_its_workers_is_named_when_all_others_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "UnitWorker", Poisoned)
+    texts = {f"t{n}": f"the quick fox {n}" for n in range(4)} | {"poison": "long " * 500}
+    recipe = text_recipe(tmp_path, "units.inputs=1", "units.tries=2", "workers=2", **texts)
+    with pytest.raises(
+        pool.UnitsFailedError, match=r"failed 2 times, last because its worker died .* from poison to poison"
+    ) as error:
+        tokenize(recipe)
+    dataset = Dataset.open(recipe.dataset)
+    assert stored(dataset) == {"t0", "t1", "t2", "t3"}
+    (unit,) = error.value.units
+    left = dry_plan(dataset, recipe.sources, recipe.units)
+    assert [pending.id for pending in left.pending] == [unit]
+    without = Request(without=frozenset([unit]))
+    assert tokenize(recipe, request=without).units == 0
+    (tmp_path / "texts" / "new.txt").write_text("the dog")
+    assert tokenize(recipe, request=without).documents == 1
+    assert Ledger(dataset.storage).units([unit])[0].id == unit
+
+
+@pytest.mark.slow
+def test_when_all_units_kill_their_workers_none_is_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "UnitWorker", Poisoned)
+    monkeypatch.setattr(pool, "MOST_DIED", 3)
+    texts = {f"poison{n}": "the fox" for n in range(20)}
+    recipe = text_recipe(tmp_path, "units.inputs=1", "units.tries=1", "workers=1", **texts)
+    with pytest.raises(pool.UnitsFailedError) as error:
+        tokenize(recipe)
+    assert error.value.units == []
+    assert 3 <= str(error.value).count("failed 1 times") <= 4
