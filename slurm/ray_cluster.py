@@ -59,7 +59,9 @@ def run(entry: Entry, task: JobContext) -> None:
 def _lead(entry: Entry, task: JobContext, token: Path, ended: Path) -> None:
     _write_token(token)
     port = rendezvous.port()
-    temporary = Path(tempfile.gettempdir()) / f"braid-ray-{os.getuid()}-{task.attempt}"
+    local = tempfile.gettempdir()
+    # Ray's sockets lie there, and the name of a socket has at most 107 bytes.
+    temporary = Path(tempfile.mkdtemp(prefix="braid-ray-", dir=local if len(local) <= 20 else "/tmp"))
     code = 1
     head = _start(task, "--head", f"--port={port}", f"--temp-dir={temporary}", "--include-dashboard=false")
     try:

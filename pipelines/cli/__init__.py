@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from pipelines.cli import datasets, jobs, tokenizers, training
+from pipelines.cli import datasets, inspection, jobs, tokenizers, training
 from pipelines.cli.options import err
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for group in (datasets.app, training.app):
+for group in (datasets.app, inspection.app, training.app):
     app.add_typer(group)
 app.add_typer(datasets.quarantine_app, name="quarantine")
 app.add_typer(tokenizers.app, name="tokenizer")

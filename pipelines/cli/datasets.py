@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -110,45 +109,6 @@ def _tokenize(recipe: str, overrides: list[str] | None, request: Request, *, dry
         highlight=False,
         soft_wrap=True,
     )
-
-
-@app.command()
-def stats(dataset: DatasetArgument, version: Version = None, as_json: AsJson = False) -> None:
-    """Say what is in a token dataset: documents, tokens, lengths, codebook use, quarantine."""
-    from pipelines.report.summary import render, summarize
-    from pipelines.shards.dataset import Dataset
-
-    figures = summarize(Dataset.open(dataset, version))
-    if as_json:
-        print(json.dumps(figures, indent=2))
-    else:
-        render(figures, out)
-
-
-@app.command()
-def show(
-    dataset: DatasetArgument,
-    rows: Annotated[list[str], typer.Argument(help="Rows, each by its index, or by its id or a beginning of it.")],
-    folder: Annotated[Path | None, typer.Option("--out", help="Write text, PNG and WAV files there.")] = None,
-    version: Version = None,
-) -> None:
-    """Turn rows back into text, pictures and sound."""
-    from pipelines.shards.dataset import Dataset
-    from pipelines.show import show as run
-
-    for shown in run(Dataset.open(dataset, version), rows, folder):
-        out.print(
-            f"row {shown.row_id[:12]} from {shown.source}, {shown.num_tokens:,} tokens",
-            style="bold",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        for span, file in zip(shown.spans, shown.files, strict=True):
-            where = f"  -> {file}" if file else ""
-            out.print(
-                f"  {span.modality.label:5}  {span.describe()}{where}", markup=False, highlight=False, soft_wrap=True
-            )
 
 
 @app.command()

@@ -9,6 +9,7 @@ import typer
 
 from pipelines.cli.launching import on_cluster, require_local, say, say_queued, show_recipe
 from pipelines.cli.options import After, Cluster, DryRun, On, Overrides, Recipe, Version, out
+from pipelines.cli.prompts import InOrder, by_modality, prompt_items
 
 app = typer.Typer()
 
@@ -71,43 +72,79 @@ def pretrain(
     out.print(f"The model is in {result.model}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=InOrder)
 def generate(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or the folder of an exported model.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from.")] = None,
     want: Annotated[list[str] | None, typer.Option(help="text, image or audio; may be given several times.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where the files go.")] = Path("generated"),
-    image: Annotated[Path | None, typer.Option(help="A picture as prompt, after the text.")] = None,
-    audio: Annotated[Path | None, typer.Option(help="A sound as prompt, after text and picture.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="A picture as prompt.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A sound as prompt.")] = None,
     samples: Annotated[int, typer.Option(help="Continuations to make.")] = 1,
     temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the likeliest token.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
     top_p: Annotated[float, typer.Option(help="Keep the fewest likeliest tokens that reach this probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Keep tokens at least this times as likely as the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[
+        list[str] | None, typer.Option(help="Above 1 makes what is there less likely: 1.2, or by modality text=1.2.")
+    ] = None,
+    guidance: Annotated[
+        float,
+        typer.Option(help="Classifier-free guidance of pictures and sounds: above 1 they follow the prompt more."),
+    ] = 1.0,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the first sample's text as it comes.")] = False,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="The most pieces of a text.")] = 256,
     seconds: Annotated[float | None, typer.Option(help="Length of a sound; the model's choice by default.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the GPU by default, where there is one.")] = None,
 ) -> None:
-    """Let a trained model write, draw and speak: .txt, .png and .wav files with their settings beside them."""
+    """Let a trained model write, draw and speak: .txt, .png and .wav files with their settings beside them.
+
+    --prompt, --image and --audio may be repeated and stand in the prompt in the order in which they are given.
+    """
+    from contextlib import nullcontext
+
     from pipelines.generate import Sampling
     from pipelines.generate import generate as run
     from pipelines.generate.progress import ProgressBar
+    from pipelines.sequence import Modality
 
-    with ProgressBar(out) as progress:
+    penalties = by_modality(repetition_penalty or [], "--repetition-penalty")
+    sampling = {
+        m.label: Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=penalties.get(m.label, 1.0),
+            guidance=1.0 if m is Modality.TEXT else guidance,
+        )
+        for m in Modality
+    }
+
+    def told(sample: int, text: str) -> None:
+        if sample == 0:
+            out.print(text, end="", markup=False, highlight=False, soft_wrap=True)
+
+    # A bar would be drawn over the text.
+    with nullcontext() if stream else ProgressBar(out) as progress:
         made = run(
             checkpoint,
-            prompt=[item for item in (prompt, image, audio) if item],
+            prompt=[Path(value) if name != "prompt" else value for name, value in prompt_items(context) if value],
             want=want or ["text"],
             out=folder,
-            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
+            sampling=sampling,
             samples=samples,
             seed=seed,
             max_tokens=max_tokens,
             seconds=seconds,
             device=device,
             watcher=progress,
+            on_text=told if stream else None,
         )
+    if stream:
+        out.print()
     for sample in made:
         for span, file in zip(sample.spans, sample.files, strict=True):
             out.print(f"{file}  {span.describe()}", markup=False, highlight=False, soft_wrap=True)

@@ -100,9 +100,9 @@ class CocoSource(CaptionedReader):
 class _Index:
     """What a file of captions holds."""
 
-    pictures: list[tuple[int | str, str]] = field(default_factory=list)
+    pictures: list[tuple[str, str]] = field(default_factory=list)
     """Id and file name."""
-    captions: dict[int | str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    captions: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     faults: list[RecordError] = field(default_factory=list)
 
 
@@ -114,7 +114,7 @@ def _index(part: str, etag: str) -> _Index:
         RecordError: it cannot be read.
     """
     index = _Index()
-    known: set[int | str] = set()
+    known: set[str] = set()
     try:
         with open_part(part) as file:
             for number, (array, item) in enumerate(array_items(file, ("images", "annotations"))):
@@ -143,9 +143,9 @@ def _index(part: str, etag: str) -> _Index:
     return index
 
 
-def _id(item: Any, name: str, place: str) -> int | str:
+def _id(item: Any, name: str, place: str) -> str:
     identity = item.get(name) if isinstance(item, dict) else None
     if not isinstance(identity, int | str) or isinstance(identity, bool):
         message = f"{place}: {name} is {identity!r}, expected a whole number or text; write it as COCO does"
         raise RecordError("picture: no id", message)
-    return identity
+    return str(identity)

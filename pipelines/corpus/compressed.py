@@ -76,6 +76,8 @@ def _zip_member(file: BinaryIO) -> _Stream:
             if members[0].flag_bits & 1 or members[0].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise zipfile.BadZipFile(f"{members[0].filename} is encrypted, or not compressed by deflate")
             return archive.open(members[0])
+    except (FileNotFoundError, PermissionError):
+        raise
     # Flipped bits may also ask for another version of zip, or leave names that are not UTF-8.
     except (*_FAULTS, NotImplementedError, ValueError) as error:
         message = f"no zip file that can be read: {error}; fetch it again or unpack it"
@@ -103,7 +105,8 @@ def open_compressed(part: str, ending: str, most: int) -> BinaryIO:
         most: bytes; a file that unpacks to more is taken for a bomb.
 
     Returns:
-        A file to be read from front to back. Reading raises `RecordError` where no more can be had.
+        A file to be read from front to back. Reading raises `RecordError` where no more can be had, and `OSError` where
+        the part is refused or gone.
 
     Raises:
         OSError: the part cannot be opened.
@@ -126,6 +129,9 @@ class _Unpacked(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             data = self._stream.read(min(len(buffer), self._step))
+        except (FileNotFoundError, PermissionError):
+            # Of the store: nothing is wrong with what it has.
+            raise
         except _FAULTS as error:
             if self._step == 1:
                 raise _fault(error) from error

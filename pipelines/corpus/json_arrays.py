@@ -18,6 +18,7 @@ MOST = 16 * 2**20
 
 _CHUNK = 2**20
 _SPACE = " \t\r\n"
+_OF_NUMBERS = "0123456789.eE+-"
 
 
 def array_items(file: BinaryIO, names: Collection[str]) -> Iterator[tuple[str, Any]]:
@@ -80,8 +81,8 @@ class _Text:
         while True:
             try:
                 value, end = self._parse(self._window, self._at)
-                # A number may go on where the window ends.
-                if end < len(self._window) or self._ended:
+                # A number may go on where the window ends, and `0.` begins with one.
+                if self._ended or self._window[end:].lstrip(_OF_NUMBERS):
                     self._at = end
                     return value
             except (ValueError, RecursionError) as error:

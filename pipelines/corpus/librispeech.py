@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence, Set
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -56,27 +57,37 @@ class LibriSpeechSource(CaptionedReader):
 
     def _chapter(self, item: Input) -> Iterator[Document | Reject]:
         source = f"{self.name}/{item.uri}"
-        recordings: dict[str, str] = {}
-        transcripts: dict[str, str] = {}
+        recordings: dict[str, list[str]] = defaultdict(list)
+        transcripts: dict[str, set[str]] = defaultdict(set)
         try:
             for part in item.parts:
                 if part.lower().endswith(TRANSCRIPTS):
-                    transcripts |= _transcripts(decoded(read_file(part, self.max_file_mb), part))
+                    for utterance, said in _transcripts(decoded(read_file(part, self.max_file_mb), part)):
+                        transcripts[utterance].add(said)
                 else:
-                    recordings[posixpath.splitext(posixpath.basename(part))[0]] = part
+                    recordings[posixpath.splitext(posixpath.basename(part))[0]].append(part)
         except RecordError as error:
             yield Reject(source=source, position=0, reason=error.reason, error=str(error))
             return
         for name in sorted(recordings.keys() | transcripts.keys()):
             try:
-                yield self._utterance(f"{source}#{name}", recordings.get(name), transcripts.get(name))
+                yield self._utterance(f"{source}#{name}", recordings.get(name, []), transcripts.get(name, set()))
             except RecordError as error:
                 yield Reject(source=f"{source}#{name}", position=0, reason=error.reason, error=str(error))
 
-    def _utterance(self, record: str, recording: str | None, transcript: str | None) -> Document | Reject:
-        if recording is None:
+    def _utterance(self, record: str, recordings: Sequence[str], transcripts: Set[str]) -> Document | Reject:
+        if not recordings:
             message = f"{record}: a transcript without a recording beside it; restore the one or remove the other"
             raise RecordError("recording: missing", message)
+        recording, transcript = recordings[0], next(iter(transcripts), "")
+        if len(recordings) > 1:
+            message = f"{record}: several recordings, {' and '.join(map(posixpath.basename, recordings))}; keep one"
+            raise RecordError("recording: twice", message)
+        if len(transcripts) > 1:
+            message = (
+                f"{recording}: {len(transcripts)} lines for it that differ in the {TRANSCRIPTS} beside it; keep one"
+            )
+            raise RecordError("transcript: twice", message)
         if not transcript:
             message = f"{recording}: no line for it in a {TRANSCRIPTS} beside it; restore the one or remove the other"
             raise RecordError("transcript: missing", message)
@@ -90,7 +101,7 @@ class LibriSpeechSource(CaptionedReader):
         return self.document(record, 0, pieces, self.language)
 
 
-def _transcripts(text: str) -> dict[str, str]:
+def _transcripts(text: str) -> list[tuple[str, str]]:
     """Lines `84-121123-0000 GO DO YOU HEAR`."""
     pairs = (line.strip().partition(" ") for line in text.splitlines() if line.strip())
-    return {utterance: said.strip() for utterance, _, said in pairs}
+    return [(utterance, said.strip()) for utterance, _, said in pairs]

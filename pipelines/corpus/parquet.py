@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, BinaryIO, ClassVar, Literal, Self
 
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
@@ -79,25 +79,26 @@ class ParquetSource(CaptionedReader):
             (part,) = piece.input.parts
             source = f"{self.name}/{piece.input.uri}"
             try:
-                file = open_part(part)
+                with open_part(part) as file:
+                    yield from self._rows(source, part, file, piece)
             except OSError as error:
                 message = f"{part}: cannot be read: {error.strerror or error}; restore or remove it"
                 yield Reject(source=f"{source}#{piece.start}", position=0, reason="file: unreadable", error=message)
-                continue
-            with file:
-                for number, row in rows(file, piece.start, piece.stop, self._columns, self.max_row_group_mb):
-                    place = f"{part}: row {number}"
-                    try:
-                        if isinstance(row, RecordError):
-                            raise RecordError(row.reason, f"{place}: {row}")
-                        yield self._document(source, number, row, place)
-                    except FieldMissingError as error:
-                        # All other rows of the file lack it too.
-                        whole = FieldMissingError(error.name, error.setting, part, pq.read_schema(file).names)
-                        yield Reject(source=f"{source}#{number}", position=0, reason=whole.reason, error=str(whole))
-                        break
-                    except RecordError as error:
-                        yield Reject(source=f"{source}#{number}", position=0, reason=error.reason, error=str(error))
+
+    def _rows(self, source: str, part: str, file: BinaryIO, piece: Slice) -> Iterator[Document | Reject]:
+        for number, row in rows(file, piece.start, piece.stop, self._columns, self.max_row_group_mb):
+            place = f"{part}: row {number}"
+            try:
+                if isinstance(row, RecordError):
+                    raise RecordError(row.reason, f"{place}: {row}")
+                yield self._document(source, number, row, place)
+            except FieldMissingError as error:
+                # All other rows of the file lack it too.
+                whole = FieldMissingError(error.name, error.setting, part, pq.read_schema(file).names)
+                yield Reject(source=f"{source}#{number}", position=0, reason=whole.reason, error=str(whole))
+                break
+            except RecordError as error:
+                yield Reject(source=f"{source}#{number}", position=0, reason=error.reason, error=str(error))
 
     @property
     def _columns(self) -> frozenset[str]:

@@ -70,20 +70,17 @@ class LineReader(Reader):
         for piece in slices:
             (part,) = piece.input.parts
             source = f"{self.name}/{piece.input.uri}"
-            fault: tuple[str, str] | None = None
             try:
-                file = self._open(piece.input)
+                with self._open(piece.input) as file:
+                    for number, place, record in self._records(file, piece):
+                        if result := self._result(source, number, f"{part}: {place}", record):
+                            yield result
             except OSError as error:
-                fault = "file: unreadable", f"{part}: cannot be read: {error.strerror or error}; restore or remove it"
+                message = f"{part}: cannot be read: {error.strerror or error}; restore or remove it"
+                yield Reject(source=f"{source}#{piece.start}", position=0, reason="file: unreadable", error=message)
             except RecordError as error:
-                fault = error.reason, f"{part}: {error}"
-            if fault:
-                yield Reject(source=f"{source}#{piece.start}", position=0, reason=fault[0], error=fault[1])
-                continue
-            with file:
-                for number, place, record in self._records(file, piece):
-                    if result := self._result(source, number, f"{part}: {place}", record):
-                        yield result
+                message = f"{part}: {error}"
+                yield Reject(source=f"{source}#{piece.start}", position=0, reason=error.reason, error=message)
 
     def _open(self, item: Input) -> BinaryIO:
         (part,) = item.parts

@@ -7,6 +7,7 @@ file from an estimate or from the first of several files put together, and decod
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from pipelines.corpus.errors import MediaError
@@ -71,6 +72,10 @@ _RATES_HZ = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 1200
 """By the header's version bits: MPEG 1, 2 and 2.5."""
 
 
+_LIKE_A_HEADER = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb][\x10-\xef]", re.DOTALL)
+"""Where a frame's header may be. Asked of every byte, a file of 256 MB of junk took ten minutes."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Frame:
     """Header of an MP3 frame."""
@@ -127,7 +132,8 @@ def _next_frame(data: bytes, at: int, like: _Frame | None = None) -> int | None:
             following = _frame(data, at + frame.size)
             if at + frame.size == len(data) or (following and following.kind == frame.kind):
                 return at
-        at = data.find(b"\xff", at + 1)
+        found = _LIKE_A_HEADER.search(data, at + 1)
+        at = found.start() if found else -1
     return None
 
 

@@ -15,8 +15,8 @@ from pipelines.corpus.errors import RecordError
 BLOCK = 512
 _CHUNK = 2**20
 """Less than this is read rather than jumped over: an object store takes longer to answer than to send it."""
-_MOST = 2**60
-"""Bytes of a member; no disk holds more."""
+_MOST = 2**43
+"""Bytes of a member. Disks hold no such file, and the systems on them refuse to seek so far."""
 _MOST_EXTENSION = 2**20
 """Bytes of a header that extends another one; names and attributes do not come near."""
 

@@ -30,7 +30,7 @@ class MadeWith(Settings):
     """The tokenizers that ids were made with; those of modalities that do not occur may be left out."""
 
     text_sha256: str | None = None
-    """Of the SentencePiece model file, as `braid stats` shows it for a dataset."""
+    """Of the SentencePiece model file, as `braid stats --json` shows it for a dataset."""
     image_sha256: str | None = None
     audio_sha256: str | None = None
     fingerprint: str | None = None
@@ -200,11 +200,12 @@ def _whole_numbers(value: Any, size: int, place: str) -> Ids:
 
 def _delta_table(path: str) -> tuple[str, set[str]] | None:
     """The folder of the Delta table at a path, or of the dataset's there, and the files of its newest version."""
-    from deltalake import DeltaTable
+    from pipelines.shards.delta import is_table, open_table
+    from pipelines.shards.storage import Storage
 
-    root = path.rstrip("/") if "://" in path else str(Path(path).expanduser())
-    for folder in (root, f"{root}/shards"):
+    root = Storage.of(path)
+    for folder in (root, root.below("shards")):
         # It would not look below a file.
-        if ("://" in folder or Path(folder).is_dir()) and DeltaTable.is_deltatable(folder):
-            return folder, set(DeltaTable(folder).get_add_actions(flatten=True)["path"].to_pylist())
+        if (not folder.is_local or Path(folder.root).is_dir()) and is_table(folder):
+            return folder.uri, set(open_table(folder).get_add_actions(flatten=True)["path"].to_pylist())
     return None

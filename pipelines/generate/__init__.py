@@ -5,7 +5,8 @@
     generate("runs/demo", prompt="a red apple", want="image", out="apples", samples=4)
 
 Reading order: `request` (what is asked), `prompt` (what stands before it), `continuation` (what may come next),
-`decoding` (the loop), `sampling` (one token), `generator` (all of it together), `output` (files).
+`decoding` (the loop), `choosing` and `sampling` (one token), `streaming` (text as it comes),
+`generator` (all of it together), `output` (files).
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from pipelines.generate.progress import ProgressBar
 from pipelines.generate.prompt import Prompt
 from pipelines.generate.request import Request
 from pipelines.generate.sampling import Sampling
+from pipelines.generate.streaming import OnText
 from pipelines.tokenize.tokenizers import Tokenizers
 
 __all__ = [
     "GenerateError",
     "Generator",
+    "OnText",
     "ProgressBar",
     "Prompt",
     "Request",
@@ -53,6 +56,7 @@ def generate(
     device: str | None = None,
     tokenizers: Tokenizers | None = None,
     watcher: Watcher | None = None,
+    on_text: OnText | None = None,
 ) -> list[Sample]:
     """Load a checkpoint, continue one prompt, and write what was made.
 
@@ -63,6 +67,7 @@ def generate(
         out: folder for the files; without it nothing is written.
         device, tokenizers: see `Generator.load`.
         watcher: is told of progress, such as a `ProgressBar`.
+        on_text: is told the text as it comes, see `Generator.generate`.
 
     The other arguments are those of `Request`.
 
@@ -86,5 +91,5 @@ def generate(
         batch_size=batch_size,
     )
     generator = Generator.load(checkpoint, device=device, tokenizers=tokenizers)
-    made = generator.generate([prompt], request, watcher)
+    made = generator.generate([prompt], request, watcher, on_text)
     return made if out is None else write(made, out, generator.settings(request))

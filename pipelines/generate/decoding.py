@@ -4,23 +4,25 @@ Enters: continuations whose prompts may differ in length and that may want diffe
 Always holds: every token was chosen among what its continuation allowed, by the head of its modality. While all rows
 are inside media spans of one kind, which is nearly always, nothing waits for the device: such a stretch is one loop.
 
+With guidance every row has a shadow, the same document without the prompt, in the second half of the batch: it is fed the
+same tokens, and its logits say what the prompt changes.
+
 Shapes: B rows, D hidden, V ids that may stand at a position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model import KeyValueCache, UnifiedTransformer
+from pipelines.generate.choosing import Chooser
 from pipelines.generate.continuation import Continuation
 from pipelines.generate.errors import GenerateError
 from pipelines.generate.request import Request
-from pipelines.generate.sampling import sample
 from pipelines.sequence import Allowed, Modality
 
 REPORT_EVERY = 16
@@ -37,6 +39,10 @@ class Watcher(Protocol):
         """So many tokens are new."""
 
 
+Listener = Callable[[int, int], None]
+"""Is told each text piece as it is chosen: the row's index in the batch, and the id."""
+
+
 class Decoding:
     """Continues all rows of a batch to their ends."""
 
@@ -47,6 +53,7 @@ class Decoding:
         seeds: Sequence[int],
         request: Request,
         watcher: Watcher | None = None,
+        listener: Listener | None = None,
     ) -> None:
         """Allocate the cache and draw all random numbers.
 
@@ -56,19 +63,21 @@ class Decoding:
         self._model = model
         self._rows = rows
         self._request = request
-        self._watcher = watcher
+        self._watcher, self._listener = watcher, listener
         weight = model.modality_embedding.weight
         self._device = weight.device
         longest = max(row.prompt_tokens + row.most_new_tokens for row in rows)
-        self._cache = KeyValueCache(model.config, len(rows), longest, self._device, weight.dtype)
+        self._copies = 2 if request.guided else 1
+        """Rows of the model's batch for each row of ours."""
+        self._cache = KeyValueCache(model.config, self._copies * len(rows), longest, self._device, weight.dtype)
         # On the CPU, so that a seed means the same on every machine.
         steps = max(row.most_new_tokens for row in rows)
         draws = [torch.rand(steps, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds]
         self._uniforms = torch.stack(draws, dim=1).to(self._device)
         """float64 [steps, B]."""
         self._step = self._reported = 0
-        self._alive = torch.ones(len(rows), dtype=torch.int64, device=self._device)
-        """int64 [B]: 1 for rows that go on. A closed row is computed along, but its cache stands still."""
+        self._alive = torch.ones(self._copies * len(rows), dtype=torch.int64, device=self._device)
+        """int64 [B] or [2B]: 1 for rows that go on. A closed row is computed along, but its cache stands still."""
         self._fed: list[int] = []
         """Tokens of each row that the model has read."""
         self._going: list[int] = []
@@ -101,44 +110,45 @@ class Decoding:
         for row in self._rows:
             while (forced := row.forced) is not None:
                 row.take(forced)
+        self._chooser = Chooser(self._model, self._rows, self._request)
         self._fed = [len(row.token_ids) for row in self._rows]
         self._report(self._new_tokens())
-        ids, kinds = torch.zeros(2, len(self._rows), max(self._fed), dtype=torch.int64)
-        for b, row in enumerate(self._rows):
-            ids[b, : self._fed[b]] = torch.tensor(row.token_ids)
-            kinds[b, : self._fed[b]] = torch.tensor(row.modality_ids)
+        documents = [(row.token_ids, row.modality_ids) for row in self._rows]
+        if self._copies == 2:
+            # The first token, `<|document|>`, opens a document without a prompt too.
+            for row in self._rows:
+                new = slice(row.prompt_tokens, None)
+                documents.append(
+                    ([row.token_ids[0], *row.token_ids[new]], [row.modality_ids[0], *row.modality_ids[new]])
+                )
+        lengths = [len(token_ids) for token_ids, _ in documents]
+        ids, kinds = torch.zeros(2, len(documents), max(lengths), dtype=torch.int64)
+        for b, (token_ids, modality_ids) in enumerate(documents):
+            ids[b, : lengths[b]] = torch.tensor(token_ids)
+            kinds[b, : lengths[b]] = torch.tensor(modality_ids)
         self._update_going()
-        lengths = torch.tensor(self._fed, device=self._device)
-        return self._model.prefill(ids.to(self._device), kinds.to(self._device), self._cache, lengths)
+        return self._model.prefill(
+            ids.to(self._device), kinds.to(self._device), self._cache, torch.tensor(lengths, device=self._device)
+        )
 
     def _update_going(self) -> bool:
         going = [b for b, row in enumerate(self._rows) if row.allowed is not None]
         if going != self._going:
             self._going = going
             self._alive.zero_()
-            self._alive[going] = 1
+            for copy in range(self._copies):
+                self._alive[[copy * len(self._rows) + b for b in going]] = 1
         return bool(going)
 
     def _feed(self, ids: Tensor, kinds: Tensor) -> Tensor:
-        """Let the model read one token a row, int64 [B]; the hidden states [B, D] that predict the next."""
+        """Let the model read one token a row, int64 [B]; the hidden states [B or 2B, D] that predict the next."""
+        ids, kinds = ids.repeat(self._copies), kinds.repeat(self._copies)
         hidden = self._model.hidden_states(ids[:, None], kinds[:, None], cache=self._cache)[:, 0]
         self._cache.advance(1, self._alive)
         for b in self._going:
             self._fed[b] += 1
         self._cache.occupied = max(self._fed)
         return hidden
-
-    def _choose(self, hidden: Tensor, allowed: Allowed, uniforms: Tensor) -> Tensor:
-        """Sample among what is allowed, computing the logits of no other id: [B, D] to int64 [B]."""
-        weight = self._model.head_weight(allowed.modality.label)
-        logits = [F.linear(hidden, weight[low:high]) for low, high in allowed.ranges]
-        joined = logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
-        index = sample(joined, self._request.sampling_of(allowed.modality), uniforms)
-        ids, offset = index, 0
-        for low, high in allowed.ranges:
-            ids = index + (low - offset) if offset == 0 else torch.where(index >= offset, index + (low - offset), ids)
-            offset += high - low
-        return ids
 
     def _one_token(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of every row, wherever each may be: rows that may write the same are sampled together."""
@@ -153,11 +163,16 @@ class Decoding:
             if (forced := self._rows[members[0]].forced) is not None:
                 ids[members] = forced
             else:
-                ids[members] = self._choose(hidden[members], allowed, self._uniforms[self._step, members])
+                uniforms = self._uniforms[self._step, members]
+                ids[members] = self._chooser.choose(hidden, allowed, uniforms, members)
         self._step += 1
         chosen = ids.tolist()
         for b in self._going:
-            self._rows[b].take(chosen[b])
+            row = self._rows[b]
+            piece = row.allowed is not None and row.allowed.modality is Modality.TEXT
+            row.take(chosen[b])
+            if self._listener is not None and piece and chosen[b] < row.grammar.vocabulary.text_pieces:
+                self._listener(b, chosen[b])
         self._report(len(self._going))
         return ids, kinds
 
@@ -176,7 +191,7 @@ class Decoding:
         kinds = torch.full((len(self._rows),), int(first.modality), device=self._device)
         codes = torch.empty(steps, len(self._rows), dtype=torch.int64, device=self._device)
         for step in range(steps):
-            codes[step] = self._choose(hidden, cycle[step % len(cycle)], self._uniforms[self._step])
+            codes[step] = self._chooser.choose(hidden, cycle[step % len(cycle)], self._uniforms[self._step])
             self._step += 1
             if (step + 1) % REPORT_EVERY == 0:
                 self._report(REPORT_EVERY * len(self._going))

@@ -25,6 +25,7 @@ from pipelines.generate.errors import GenerateError
 from pipelines.generate.output import Sample
 from pipelines.generate.prompt import EncodedPrompt, Prompt, encode_prompt
 from pipelines.generate.request import Request, wishes
+from pipelines.generate.streaming import OnText, TextStream
 from pipelines.interleave import Sequence as TokenSequence
 from pipelines.interleave import extract
 from pipelines.pretrain.export import load_model
@@ -96,11 +97,18 @@ class Generator:
         generator.about = about
         return generator
 
-    def generate(self, prompts: Sequence[Prompt], request: Request, watcher: Watcher | None = None) -> list[Sample]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        request: Request,
+        watcher: Watcher | None = None,
+        on_text: OnText | None = None,
+    ) -> list[Sample]:
         """Continue each prompt `request.samples` times.
 
         Args:
             prompts: may differ in length and kind; `[""]` generates unconditionally.
+            on_text: is told the text as it comes: the sample's index in what is returned, and what is new of its text.
 
         Returns:
             The samples of the first prompt, then those of the second, and so on.
@@ -119,7 +127,10 @@ class Generator:
             watcher.started(sum(row.most_new_tokens for row in rows))
         for start in range(0, len(rows), request.batch_size):
             batch = slice(start, start + request.batch_size)
-            Decoding(self.model, rows[batch], seeds[batch], request, watcher).run()
+            stream = TextStream(rows[batch], self.tokenizers.text.decode, on_text, start) if on_text else None
+            Decoding(self.model, rows[batch], seeds[batch], request, watcher, stream.piece if stream else None).run()
+            if stream:
+                stream.close()
         return [self._sample(row, prompt, index) for row, (prompt, index) in zip(rows, tasks, strict=True)]
 
     def settings(self, request: Request) -> dict[str, Any]:

@@ -75,6 +75,11 @@ class Request:
             return self.sampling
         return self.sampling.get(modality.label, Sampling())
 
+    @property
+    def guided(self) -> bool:
+        """Whether any modality is sampled with guidance."""
+        return any(self.sampling_of(modality).guidance != 1 for modality in Modality)
+
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values, the sampling by modality."""
         return {

@@ -36,6 +36,11 @@ class Sampling:
     """Keep the fewest likeliest whose probabilities reach p (Holtzman et al., 2019)."""
     min_p: float = 0.0
     """Keep those at least p times as likely as the likeliest (Nguyen et al., 2024)."""
+    repetition_penalty: float = 1.0
+    """Above 1, ids that the document holds already become less likely (Keskar et al., 2019), below 1 more."""
+    guidance: float = 1.0
+    """Classifier-free guidance (Ho and Salimans, 2022): above 1, what the prompt makes likelier becomes likelier still; 1
+    leaves the model's own distribution, 0 forgets the prompt. It needs a model that saw documents without their captions."""
 
     def __post_init__(self) -> None:
         if not (self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf):
@@ -48,11 +53,27 @@ class Sampling:
             raise GenerateError(f"top_p is {self.top_p}: give a share above 0 and at most 1; 1 keeps every token")
         if not 0 <= self.min_p <= 1:
             raise GenerateError(f"min_p is {self.min_p}: give a share from 0 to 1; 0 keeps every token")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise GenerateError(
+                f"repetition_penalty is {self.repetition_penalty}: give about 1.0 to 1.5; 1 leaves repetitions alone"
+            )
+        if not 0 <= self.guidance < math.inf:
+            raise GenerateError(f"guidance is {self.guidance}: give about 1 to 7; 1 turns it off")
 
     @property
     def greedy(self) -> bool:
         """Whether chance has no part in it."""
         return self.temperature == 0
+
+
+def penalize(logits: Tensor, held: Tensor, penalty: float) -> Tensor:
+    """Make ids that are held already less likely, for a penalty above 1.
+
+    Args:
+        logits: floating [B, V].
+        held: bool [B, V].
+    """
+    return torch.where(held, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:

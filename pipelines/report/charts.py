@@ -93,7 +93,7 @@ def line_chart(
     labelled = [(line, place(line.points[-1])[1]) for line in lines if line.label and line.points]
     for (line, _), y in zip(labelled, _apart([y for _, y in labelled]), strict=True):
         parts.append(tag("text", line.label, x=WIDTH - _RIGHT + 7, y=_round(y + 3.5), class_=f"tag {line.style}"))
-    return _svg(key, title, description, parts, (WIDTH, HEIGHT), f"chart {tone}")
+    return svg(key, title, description, parts, (WIDTH, HEIGHT), f"chart {tone}")
 
 
 def share_bar(key: str, title: str, shares: Sequence[tuple[str, float]]) -> Markup:
@@ -104,7 +104,7 @@ def share_bar(key: str, title: str, shares: Sequence[tuple[str, float]]) -> Mark
         piece = tag("rect", x=_round(at * 1000), y=0, width=_round(share * 1000), height=14, class_=f"piece {name}")
         parts.append(piece)
         at += share
-    return _svg(key, title, said, parts, (1000, 14), "share", stretched=True)
+    return svg(key, title, said, parts, (1000, 14), "share", stretched=True)
 
 
 def waveform(samples: NDArray[np.float32], sample_rate_hz: int) -> Markup:
@@ -162,7 +162,7 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _svg(
+def svg(
     key: str,
     title: str,
     description: str,

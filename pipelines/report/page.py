@@ -16,6 +16,7 @@ from pipelines.report.markup import Markup, join, table, tag
 from pipelines.report.media import GeneratedFile, picture, prose, read_generated, sound
 from pipelines.report.summary import summarize
 from pipelines.report.training import Run, read_run, training_section
+from pipelines.rows import rows_at, spread
 from pipelines.sequence import Modality
 from pipelines.shards.dataset import Dataset
 from pipelines.shards.statistics import MODALITIES
@@ -49,15 +50,9 @@ def report(
     opened = Dataset.open(dataset, version) if dataset else None
     shown: list[ShownRow] = []
     if opened:
-        shown = list(show(opened, spread_rows(opened, rows) if isinstance(rows, int) else rows))
+        shown = list(show(opened, rows_at(opened, spread(opened, rows)) if isinstance(rows, int) else rows))
     named = title or next((Path(place).name for place in (run, dataset, generated) if place), "Braid")
     return write_page(out, dataset=opened, rows=shown, run=run, generated=generated, title=named)
-
-
-def spread_rows(dataset: Dataset, count: int) -> list[str]:
-    """Indices of at most so many rows, spread evenly; only the shards that hold them will be read."""
-    documents = sum(shard.rows for shard in dataset.shards())
-    return [str(i * documents // count) for i in range(count)] if count < documents else [*map(str, range(documents))]
 
 
 def write_page(

@@ -1,69 +1,124 @@
-"""What `braid stats` says of a dataset version: figures from the roll-up, as plain data and as a terminal table."""
+"""What `braid stats` says of a dataset version, as plain data: `docs/stats.schema.json` describes it.
+
+Enters: a dataset. Leaves: JSON values. Always holds: they come from roll-ups, logs and the recipe; no shard is opened.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from pipelines.shards.dataset import Dataset
-from pipelines.shards.statistics import MODALITIES, Statistics, entropy_bits, quantile
+from pipelines.report.growth import growth
+from pipelines.report.histogram import histogram
+from pipelines.report.padding import expected_padding, lengths_to_ask
+from pipelines.report.pieces import Names, names, piece_figures
+from pipelines.report.remarks import remarks
+from pipelines.shards.dataset import Dataset, DatasetError, Shard
+from pipelines.shards.statistics import MODALITIES, SourceCounts, Statistics, entropy_bits, quantile
+from pipelines.tokenize.history import newest_recipe
+
+SCHEMA = "braid.stats/1"
+"""Raised with every change that a reader of the JSON would notice; new keys may come without it."""
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
+LARGEST = 5
+"""Shards that are named."""
+
 
 def summarize(dataset: Dataset) -> dict[str, Any]:
-    """The figures of a dataset version as JSON values.
+    """The figures of a dataset version.
 
-    Keys: `dataset`, `version`, `fingerprint`, `shards`, `bytes`, `documents`, `distinct_documents` (HyperLogLog, 1.6%
-    standard error), `duplicates` ("drop" where training reads each content once, else "keep"), `tokens` {text, image,
-    audio, total}, `document_tokens` and `spans` {modality: {count, length}} with quantiles (nearest rank; exact below
-    4,096, within 0.025% above), `sources`, `codebooks` (per codebook: size, codes used, entropy in bits, perplexity),
-    `quarantine` {reason: count}.
+    Quantiles are by nearest rank. Lengths are exact below 4,096 and within 0.025% above; `distinct_documents` is an estimate
+    (HyperLogLog, 1.6% standard error).
     """
-    statistics = dataset.statistics()
+    return figures_of(dataset, dataset.statistics(), names(dataset))
+
+
+def figures_of(dataset: Dataset, statistics: Statistics, known: Names) -> dict[str, Any]:
+    """`summarize`, of statistics that are at hand."""
     shards = dataset.shards()
     tokens = {modality: statistics.tokens(modality) for modality in MODALITIES}
-    return {
+    sequence_length = _sequence_length(dataset)
+    lengths = statistics.lengths
+    figures: dict[str, Any] = {
+        "schema": SCHEMA,
         "dataset": dataset.uri,
         "version": dataset.version,
         "fingerprint": dataset.vocabulary.fingerprint,
+        "sequence_length": sequence_length,
         "shards": len(shards),
         "bytes": sum(shard.size for shard in shards),
         "documents": statistics.documents,
         "distinct_documents": statistics.distinct_documents,
         "duplicates": dataset.duplicates,
+        "validation_share": dataset.validation_share,
         "tokens": tokens | {"total": sum(tokens.values())},
-        "document_tokens": _quantiles(statistics.lengths),
+        "raw_bytes": _raw_bytes(statistics.sources.values()),
+        "document_tokens": _quantiles(lengths),
+        "spans_per_document": _quantiles(statistics.spans_per_document),
         "spans": {
             modality: {"count": sum(counts.values()), "length": _quantiles(counts)}
             for modality, counts in statistics.span_lengths.items()
         },
-        "sources": {
-            name: {"documents": source.documents, "tokens": dict(source.tokens), "dropped": dict(source.dropped)}
-            for name, source in sorted(statistics.sources.items())
+        "histograms": {
+            "document_tokens": histogram(lengths),
+            "spans_per_document": histogram(statistics.spans_per_document),
+            **{f"{modality}_span": histogram(counts) for modality, counts in statistics.span_lengths.items()},
+            "shard_bytes": histogram(Counter(shard.size for shard in shards)),
         },
-        "codebooks": _codebooks(statistics, dataset),
-        "quarantine": dict(Counter(row["reason"] for row in dataset.quarantined()).most_common()),
+        "sources": {name: _source(source) for name, source in sorted(statistics.sources.items())},
+        "codebooks": codebooks(statistics, dataset),
+        "text_pieces": piece_figures(statistics.text_counts[: dataset.vocabulary.text_pieces], known),
+        "quarantine": _quarantine(dataset, statistics),
+        "shard_sizes": _shard_sizes(shards),
+        "padding": [asdict(expected_padding(lengths, n)) for n in lengths_to_ask(sequence_length)] if lengths else [],
+        "growth": [asdict(entry) for entry in growth(dataset)],
+        "tokenizers": _tokenizers(dataset),
     }
+    return figures | {"remarks": remarks(figures)}
+
+
+def _sequence_length(dataset: Dataset) -> int | None:
+    try:
+        return newest_recipe(dataset.storage).sequence_length
+    except DatasetError:
+        return None
 
 
 def _quantiles(counts: Counter[int]) -> dict[str, int]:
     return {f"{q:g}": quantile(counts, q) for q in QUANTILES}
 
 
-def _codebooks(statistics: Statistics, dataset: Dataset) -> dict[str, dict[str, Any]]:
-    pieces = statistics.text_counts[: dataset.vocabulary.text_pieces]
-    codebooks: dict[str, NDArray[np.int64]] = {"text pieces": pieces}
-    if len(statistics.image_counts):
-        codebooks["image"] = statistics.image_counts
-    for index, counts in enumerate(statistics.audio_counts):
-        codebooks[f"audio {index}"] = counts
+def _raw_bytes(sources: Iterable[SourceCounts]) -> dict[str, int]:
+    """Of the documents of which they are known."""
+    sums = dict.fromkeys(MODALITIES, 0)
+    documents = 0
+    for source in sources:
+        documents += source.weighed
+        for modality in MODALITIES:
+            sums[modality] += source.raw_bytes[modality]
+    return sums | {"total": sum(sums.values()), "documents": documents}
+
+
+def _source(source: SourceCounts) -> dict[str, Any]:
+    return {
+        "documents": source.documents,
+        "tokens": dict(source.tokens),
+        "raw_bytes": _raw_bytes([source]),
+        "dropped": dict(source.dropped),
+        "rejected": dict(source.rejected),
+    }
+
+
+def codebooks(statistics: Statistics, dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """Use of the text pieces and of each codebook."""
     return {
         name: {
             "size": len(counts),
@@ -71,84 +126,42 @@ def _codebooks(statistics: Statistics, dataset: Dataset) -> dict[str, dict[str, 
             "entropy_bits": round(entropy_bits(counts), 3),
             "perplexity": round(2 ** entropy_bits(counts), 1),
         }
-        for name, counts in codebooks.items()
+        for name, counts in code_counts(statistics, dataset.vocabulary.text_pieces).items()
     }
 
 
-def render(figures: dict[str, Any], console: Console) -> None:
-    """Print the figures of `summarize` as tables."""
-    once = ", each of which training reads once" if figures["duplicates"] == "drop" else ""
-    console.print(f"[bold]{escape(figures['dataset'])}[/]", highlight=False, soft_wrap=True)
-    console.print(
-        f"version {figures['version']}, fingerprint {figures['fingerprint']}\n"
-        f"{figures['documents']:,} documents (about {figures['distinct_documents']:,} of distinct content{once}) "
-        f"in {figures['shards']:,} shards, {figures['bytes'] / 1e6:,.1f} MB\n",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for table in (_overview(figures), _lengths(figures), _sources(figures), _codebook_table(figures)):
-        console.print(table)
-    console.print("The tokens that open a media span count as text.", style="dim")
-    if figures["quarantine"]:
-        table = Table("quarantine", "documents", title_justify="left")
-        for reason, count in figures["quarantine"].items():
-            table.add_row(reason, f"{count:,}")
-        console.print(table)
-    else:
-        console.print("Nothing is in quarantine.")
+def code_counts(statistics: Statistics, text_pieces: int) -> dict[str, NDArray[np.int64]]:
+    """How often each code was used, [codes], by the codebook's name."""
+    found: dict[str, NDArray[np.int64]] = {"text pieces": statistics.text_counts[:text_pieces]}
+    if len(statistics.image_counts):
+        found["image"] = statistics.image_counts
+    return found | {f"audio {index}": counts for index, counts in enumerate(statistics.audio_counts)}
 
 
-def _overview(figures: dict[str, Any]) -> Table:
-    table = Table("", "tokens", "share", "spans")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    total = max(figures["tokens"]["total"], 1)
-    for modality in MODALITIES:
-        tokens = figures["tokens"][modality]
-        table.add_row(modality, f"{tokens:,}", f"{tokens / total:.1%}", f"{figures['spans'][modality]['count']:,}")
-    table.add_section()
-    spans = sum(figures["spans"][modality]["count"] for modality in MODALITIES)
-    table.add_row("all", f"{figures['tokens']['total']:,}", "", f"{spans:,}")
-    return table
+def _quarantine(dataset: Dataset, statistics: Statistics) -> dict[str, int]:
+    """Rejects by reason, from the roll-up; what shards of an older Braid do not say is read from their rejects."""
+    reasons: Counter[str] = Counter()
+    for source in statistics.sources.values():
+        reasons.update(source.rejected)
+    if reasons.total() != dataset.rejects():
+        reasons = Counter(row["reason"] for row in dataset.quarantined())
+    return dict(reasons.most_common())
 
 
-def _lengths(figures: dict[str, Any]) -> Table:
-    table = Table("tokens of a", *(_quantile_name(q) for q in QUANTILES))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for modality in MODALITIES:
-        span = figures["spans"][modality]
-        if span["count"]:
-            table.add_row(f"{modality} span", *(f"{v:,}" for v in span["length"].values()))
-    table.add_row("document", *(f"{v:,}" for v in figures["document_tokens"].values()))
-    return table
+def _shard_sizes(shards: list[Shard]) -> dict[str, Any]:
+    sizes = np.array([shard.size for shard in shards], np.int64)
+    largest = sorted(shards, key=lambda shard: (-shard.size, shard.name))[:LARGEST]
+    mean = float(sizes.mean()) if len(sizes) else 0.0
+    return {
+        "bytes": _quantiles(Counter(sizes.tolist())),
+        "rows": _quantiles(Counter(shard.rows for shard in shards)),
+        "mean_bytes": round(mean),
+        # A job that reads whole shards waits for the largest.
+        "largest_by_mean": round(int(sizes.max()) / mean, 2) if mean else 0.0,
+        "largest": [{"name": shard.name, "bytes": shard.size, "rows": shard.rows} for shard in largest],
+    }
 
 
-def _quantile_name(q: float) -> str:
-    return {0.0: "shortest", 0.5: "median", 1.0: "longest"}.get(q, f"{q:.0%}")
-
-
-def _sources(figures: dict[str, Any]) -> Table:
-    table = Table("source", "documents", *MODALITIES, "dropped by filters")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, source in figures["sources"].items():
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(source["dropped"].items()))
-        table.add_row(name, f"{source['documents']:,}", *(f"{source['tokens'][m]:,}" for m in MODALITIES), dropped)
-    return table
-
-
-def _codebook_table(figures: dict[str, Any]) -> Table:
-    table = Table("codebook", "size", "used", "dead", "entropy (bits)", "perplexity")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, book in figures["codebooks"].items():
-        table.add_row(
-            name,
-            f"{book['size']:,}",
-            f"{book['used'] / max(book['size'], 1):.1%}",
-            f"{book['size'] - book['used']:,}",
-            f"{book['entropy_bits']:.2f}",
-            f"{book['perplexity']:,.1f}",
-        )
-    return table
+def _tokenizers(dataset: Dataset) -> Mapping[str, Any]:
+    """What made the ids: everything the fingerprint is about."""
+    return json.loads(json.dumps(dataset.vocabulary.to_dict()))  # type: ignore[no-any-return]

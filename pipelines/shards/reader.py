@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pipelines.shards.checksums import KEY, CheckedFile, ShardError
 from pipelines.shards.storage import Storage
 
-__all__ = ["ShardError", "footer_checksum", "open_shard", "read_footer"]
+__all__ = ["ShardError", "footer_checksum", "open_checked", "open_shard", "read_footer"]
 
 _TAIL = 8
 """A Parquet file ends in the footer's length (4 bytes, little-endian) and `PAR1`."""
@@ -36,6 +36,17 @@ def open_shard(dataset: Storage, name: str) -> pq.ParquetFile:
     Raises:
         ShardError: the footer is not the one that was written; the message names file and remedy.
     """
+    source, metadata = open_checked(dataset, name)
+    # A shard without rows, or one of before there were checksums of chunks, has at least those of its pages.
+    return pq.ParquetFile(source, metadata=metadata, page_checksum_verification=not _has_chunks(metadata))
+
+
+def open_checked(dataset: Storage, name: str) -> tuple[pa.NativeFile, pq.FileMetaData]:
+    """The bytes of a shard, which check themselves as they are read, and its footer.
+
+    Raises:
+        ShardError: as `open_shard`.
+    """
     path = dataset.path(f"shards/{name}")
     source = dataset.open(f"shards/{name}")
     try:
@@ -48,14 +59,18 @@ def open_shard(dataset: Storage, name: str) -> pq.ParquetFile:
                 "a copy, or remove it from the dataset and tokenize its inputs again"
             )
         metadata = pq.read_metadata(pa.BufferReader(tail))
-        if KEY.encode() not in (metadata.metadata or {}):
-            # A shard without rows, or one of before there were checksums of chunks.
-            return pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
-        checked = pa.PythonFile(CheckedFile(source, path, metadata), mode="r")
-        return pq.ParquetFile(checked, metadata=metadata)
+        if not _has_chunks(metadata):
+            source.seek(0)
+            return source, metadata
+        return pa.PythonFile(CheckedFile(source, path, metadata), mode="r"), metadata
     except BaseException:
         source.close()
         raise
+
+
+def _has_chunks(metadata: pq.FileMetaData) -> bool:
+    """Whether the footer has a checksum of each column chunk."""
+    return KEY.encode() in (metadata.metadata or {})
 
 
 def read_footer(dataset: Storage, name: str) -> dict[str, str]:

@@ -55,6 +55,8 @@ class Row:
     content_hash: str
     source: str
     sequence: Sequence
+    raw_bytes: tuple[int, int, int] | None = None
+    """Bytes of its raw texts, pictures and sounds, for the statistics alone; None where it came as tokens."""
 
 
 def to_arrow(rows: Rows[Row]) -> pa.RecordBatch:

@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.corpus.documents import Dropped
+from pipelines.corpus.documents import Dropped, Reject
 from pipelines.sequence import Modality, Vocabulary
 from pipelines.shards.schema import Row
 
@@ -45,8 +45,14 @@ class SourceCounts:
 
     documents: int = 0
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODALITIES, 0))
+    raw_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MODALITIES, 0))
+    """UTF-8 bytes of the texts and bytes of the media files that the tokens were made of, of the `weighed` documents."""
+    weighed: int = 0
+    """Documents whose raw bytes are known: neither what came as tokens nor what an older Braid wrote."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Documents that a filter of the recipe took out, by filter; they are not among `documents`."""
+    rejected: dict[str, int] = field(default_factory=dict)
+    """Documents that could not be tokenized, by reason; they are not among `documents` either."""
 
 
 @dataclass(kw_only=True)
@@ -65,6 +71,7 @@ class Statistics:
     span_lengths: dict[str, Counter[int]] = field(default_factory=lambda: {m: Counter() for m in MODALITIES})
     """Spans by modality and `length_bin` of their number of codes."""
     spans_per_document: Counter[int] = field(default_factory=Counter)
+    """Documents by `length_bin` of their number of spans."""
     distinct_registers: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(1 << _HLL_BITS, np.uint8))
     """HyperLogLog registers over the content hashes."""
 
@@ -99,18 +106,25 @@ class Statistics:
             sequence = row.sequence
             source = self.sources.setdefault(row.source.partition("/")[0], SourceCounts())
             source.documents += 1
-            for modality in Modality:
+            source.weighed += row.raw_bytes is not None
+            for modality, raw in zip(Modality, row.raw_bytes or (0, 0, 0), strict=True):
                 source.tokens[modality.label] += sequence.count(modality)
+                source.raw_bytes[modality.label] += raw
             for span in sequence.spans:
                 self.span_lengths[span.modality.label][length_bin(span.length)] += 1
         self.lengths.update(length_bin(len(row.sequence.token_ids)) for row in rows)
-        self.spans_per_document.update(len(row.sequence.spans) for row in rows)
+        self.spans_per_document.update(length_bin(len(row.sequence.spans)) for row in rows)
         self._add_distinct([row.content_hash for row in rows])
 
     def drop(self, dropped: Dropped) -> None:
         """Count a document that a filter took out."""
         counts = self.sources.setdefault(dropped.source.partition("/")[0], SourceCounts()).dropped
         counts[dropped.reason] = counts.get(dropped.reason, 0) + 1
+
+    def reject(self, reject: Reject) -> None:
+        """Count a document that could not be tokenized."""
+        counts = self.sources.setdefault(reject.source.partition("/")[0], SourceCounts()).rejected
+        counts[reject.reason] = counts.get(reject.reason, 0) + 1
 
     def merge(self, other: Statistics) -> None:
         """Add another's counts to these."""
@@ -132,10 +146,13 @@ class Statistics:
         for name, theirs in other.sources.items():
             mine = self.sources.setdefault(name, SourceCounts())
             mine.documents += sign * theirs.documents
+            mine.weighed += sign * theirs.weighed
             for modality in MODALITIES:
                 mine.tokens[modality] += sign * theirs.tokens[modality]
+                mine.raw_bytes[modality] += sign * theirs.raw_bytes[modality]
             _shift(mine.dropped, theirs.dropped, sign)
-            if not mine.documents and not mine.dropped:
+            _shift(mine.rejected, theirs.rejected, sign)
+            if not (mine.documents or mine.dropped or mine.rejected):
                 del self.sources[name]
         _shift(self.lengths, other.lengths, sign)
         _shift(self.spans_per_document, other.spans_per_document, sign)
@@ -145,13 +162,13 @@ class Statistics:
     @property
     def distinct_documents(self) -> int:
         """Documents of distinct content, estimated (HyperLogLog with linear counting for small numbers)."""
-        registers = self.distinct_registers.astype(np.float64)
-        m = len(registers)
-        estimate = 0.7213 / (1 + 1.079 / m) * m * m / float(np.exp2(-registers).sum())
-        zeros = int(np.count_nonzero(self.distinct_registers == 0))
-        if estimate <= 2.5 * m and zeros:
-            estimate = m * math.log(m / zeros)
-        return min(round(estimate), self.documents)
+        return min(_distinct(self.distinct_registers), self.documents)
+
+    def common_documents(self, other: Statistics) -> int:
+        """Contents that both have, estimated by inclusion and exclusion: within some 3% of the larger one."""
+        both = _distinct(np.maximum(self.distinct_registers, other.distinct_registers))
+        most = min(self.distinct_documents, other.distinct_documents)
+        return min(max(0, self.distinct_documents + other.distinct_documents - both), most)
 
     def _add_distinct(self, content_hashes: Sequence[str]) -> None:
         rest_bits = 64 - _HLL_BITS
@@ -218,6 +235,13 @@ def entropy_bits(counts: NDArray[np.int64]) -> float:
         return 0.0
     p = counts[counts > 0] / total
     return float(-(p * np.log2(p)).sum())
+
+
+def _distinct(registers: NDArray[np.uint8]) -> int:
+    m = len(registers)
+    estimate = 0.7213 / (1 + 1.079 / m) * m * m / float(np.exp2(-registers.astype(np.float64)).sum())
+    zeros = int(np.count_nonzero(registers == 0))
+    return round(m * math.log(m / zeros) if estimate <= 2.5 * m and zeros else estimate)
 
 
 def _pack(values: NDArray[Any]) -> str:

@@ -105,6 +105,7 @@ class ShardWriter:
 
     def reject(self, reject: Reject) -> None:
         self._rejects.append(reject)
+        self.statistics.reject(reject)
 
     def drop(self, dropped: Dropped) -> None:
         self.statistics.drop(dropped)

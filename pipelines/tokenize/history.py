@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from pipelines.recipe import dump_recipe
+from pipelines.shards.migrate import DatasetError
 from pipelines.shards.storage import Storage
 from pipelines.tokenize.recipe import TokenizeRecipe
 
@@ -29,6 +30,18 @@ def record_recipe(dataset: Storage, recipe: TokenizeRecipe) -> str:
     dataset.write(name, dump_recipe(recipe.anchored()).encode())
     dataset.write(_SOURCES, json.dumps(_sources(dataset)).encode())
     return name
+
+
+def newest_recipe(dataset: Storage) -> TokenizeRecipe:
+    """The recipe of the newest run, which names the dataset's tokenizers.
+
+    Raises:
+        DatasetError: there is none.
+    """
+    names = dataset.names("recipes")
+    if not names:
+        raise DatasetError(f"{dataset.uri}/recipes is empty, so its tokenizers are unknown; restore the recipe there")
+    return TokenizeRecipe.model_validate(yaml.load(dataset.read(f"recipes/{names[-1]}"), _LOADER))
 
 
 def last_settings(dataset: Storage) -> dict[str, dict[str, Any]]:

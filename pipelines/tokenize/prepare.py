@@ -52,6 +52,8 @@ class Prepared:
     position: int
     content_hash: str
     parts: list[Part]
+    raw_bytes: tuple[int, int, int] | None
+    """Bytes of its texts, pictures and sounds as they lie in the corpus; None where some came as codes."""
 
     @property
     def size(self) -> int:
@@ -130,7 +132,17 @@ def prepare(
         if size > MOST_BYTES:
             message = f"{source}: over {MOST_BYTES:,} bytes once it is decoded, at {span.uri}; split it into several"
             return Reject(source=source, position=position, reason="document: too large", error=message)
-    return Prepared(document.row_id, source, position, document.content_hash, parts)
+    return Prepared(document.row_id, source, position, document.content_hash, parts, _raw_bytes(document))
+
+
+def _raw_bytes(document: Document) -> tuple[int, int, int] | None:
+    if any(span.codes is not None for span in document.spans):
+        return None
+    counts = [0, 0, 0]
+    for span in document.spans:
+        # A text may hold a lone surrogate, which UTF-8 cannot.
+        counts[span.modality] += len(span.text.encode("utf-8", "replace")) + len(span.data)
+    return counts[0], counts[1], counts[2]
 
 
 def _parts(span: RawSpan, filters: Filters, settings: TokenizerSettings, shapes: Shapes) -> Iterator[Part]:

@@ -199,6 +199,7 @@ class UnitWorker:
             content_hash=document.content_hash,
             source=document.source,
             sequence=sequence,
+            raw_bytes=document.raw_bytes,
         )
 
 

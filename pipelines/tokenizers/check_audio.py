@@ -14,10 +14,11 @@ from pipelines.corpus.sounds import load_sound
 from pipelines.report.frame import Section
 from pipelines.report.markup import Markup, join, table, tag
 from pipelines.report.media import data_uri
+from pipelines.report.parts import coverage_chart, key_figures, section
 from pipelines.tokenizers.audio_data import SUFFIXES
 from pipelines.tokenizers.audio_evaluation import codebook_use, compare, depths_of, log_mel_db, means, require_estoi
 from pipelines.tokenizers.encodec import AudioTokenizer
-from pipelines.tokenizers.sheet import CheckError, Request, coverage_chart, key_figures, section, spread
+from pipelines.tokenizers.sheet import CheckError, Request, spread
 
 LONGEST_S, SHOWN_S = 30.0, 4.0
 """Of a clip, at most: what is measured, and what is on the sheet."""

@@ -12,9 +12,10 @@ from pipelines.corpus.pictures import Pixels, fit_picture, load_picture
 from pipelines.report.frame import Section
 from pipelines.report.markup import Markup, join, table, tag
 from pipelines.report.media import data_uri
+from pipelines.report.parts import coverage_chart, key_figures, section
 from pipelines.tokenizers.image_data import SUFFIXES
 from pipelines.tokenizers.image_evaluation import Comparison, compare, summary
-from pipelines.tokenizers.sheet import CheckError, Request, coverage_chart, key_figures, section, spread
+from pipelines.tokenizers.sheet import CheckError, Request, spread
 from pipelines.tokenizers.vqgan import ImageTokenizer
 
 BATCH = 8

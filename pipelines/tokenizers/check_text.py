@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from pipelines.report.charts import Line, line_chart
 from pipelines.report.frame import Section
 from pipelines.report.markup import Markup, join, table, tag
+from pipelines.report.parts import coverage_chart, key_figures, section
 from pipelines.tokenizers.sentencepiece import TextTokenizer
-from pipelines.tokenizers.sheet import CheckError, Request, coverage_chart, key_figures, section, spread
+from pipelines.tokenizers.sheet import CheckError, Request, spread
 from pipelines.tokenizers.text_evaluation import evaluate
 from pipelines.tokenizers.train_text import TextTrainingError, read_lines, text_files
 

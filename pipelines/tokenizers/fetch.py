@@ -141,7 +141,8 @@ def _receive(url: str, part: Path, watch: Watch, timeout_s: float) -> None:
         if fault.code in (408, 425, 429) or fault.code >= 500:
             raise _PassingError(f"the server answered {fault.code} {fault.reason}") from fault
         raise FetchError(f"{url}: the server answered {fault.code} {fault.reason}; check the address.") from fault
-    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as fault:
+    except (OSError, http.client.HTTPException) as fault:
+        # URLError, silence, a broken connection or a broken TLS session: all but HTTP's own are OSErrors.
         reason = fault.reason if isinstance(fault, urllib.error.URLError) else fault
         if url.startswith("file:"):
             raise FetchError(f"{url}: cannot be read: {reason}") from fault
@@ -168,7 +169,8 @@ def _place(response: http.client.HTTPResponse, have: int) -> tuple[int, int | No
 
 def _opened(part: Path, mode: str) -> IO[bytes]:
     try:
-        return part.open(mode)
+        # Unbuffered, so that a full disk shows where the file is written, and not where it is closed.
+        return part.open(mode, buffering=0)
     except OSError as fault:
         raise FetchError(f"{part}: cannot be written: {fault.strerror}") from fault
 
@@ -177,7 +179,9 @@ def _copy(response: http.client.HTTPResponse, file: IO[bytes], done: int, total:
     watch(done, total)
     while data := response.read(_CHUNK):
         try:
-            file.write(data)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
         except OSError as fault:
             raise FetchError(f"{file.name}: cannot be written: {fault.strerror}; make room and try again.") from fault
         done += len(data)

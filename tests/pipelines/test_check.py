@@ -15,13 +15,14 @@ from PIL import Image
 
 from pipelines.corpus.pictures import fit_picture
 from pipelines.report.frame import POLICY
+from pipelines.report.parts import coverage_chart
 from pipelines.tokenizers.audio_evaluation import figures_of
 from pipelines.tokenizers.check import check, kind_of
 from pipelines.tokenizers.check_audio import spectrogram
 from pipelines.tokenizers.checkpoint import CheckpointError
 from pipelines.tokenizers.encodec import AudioTokenizer
 from pipelines.tokenizers.image_evaluation import evaluate
-from pipelines.tokenizers.sheet import CheckError, coverage_chart, spread
+from pipelines.tokenizers.sheet import CheckError, spread
 from pipelines.tokenizers.vqgan import ImageTokenizer
 from tests.pipelines.tiny import audio_tokenizer, image_tokenizer, text_tokenizer
 

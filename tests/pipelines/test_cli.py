@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
+from pipelines.cli.prompts import by_modality, in_order
 from tests.pipelines.corpora import make_dataset
 from tests.pipelines.tiny import write_corpus, write_recipe
 
@@ -51,6 +53,7 @@ def test_stats_as_json_is_json_alone(tmp_path: Path) -> None:
     done = braid("stats", str(tmp_path / "d"), "--json")
     figures = json.loads(done.stdout)
     assert figures["documents"] == 21
+    assert {"text_sha256": "t", "image_sha256": "i", "audio_sha256": "a"}.items() <= figures["tokenizers"].items()
     assert figures["tokens"]["total"] == sum(figures["tokens"][m] for m in ("text", "image", "audio"))
 
 
@@ -59,3 +62,16 @@ def test_a_row_that_is_not_there_says_which_are(tmp_path: Path) -> None:
     done = braid("show", str(tmp_path / "d"), "99")
     assert done.returncode == 1
     assert "no row 99; version 3 has rows 0 to 20" in done.stderr
+
+
+def test_a_prompt_keeps_its_order_on_the_command_line() -> None:
+    given = ["run", "--image", "a.png", "--prompt", "between", "--want=audio", "--image=b.png", "--prompt", "--odd"]
+    assert in_order(given) == [("image", "a.png"), ("prompt", "between"), ("image", "b.png"), ("prompt", "--odd")]
+
+
+def test_a_number_is_for_all_modalities_or_for_one() -> None:
+    assert by_modality(["1.1", "audio=1.5"], "--x") == {"text": 1.1, "image": 1.1, "audio": 1.5}
+    assert by_modality([], "--x") == {}
+    for wrong in ("much", "video=2", "text=much"):
+        with pytest.raises(typer.BadParameter):
+            by_modality([wrong], "--x")

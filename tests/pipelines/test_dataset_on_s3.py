@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pipelines.corpus import remote
-from pipelines.corpus.documents import Input, Reject, Slice
+from pipelines.corpus.documents import Document, Input, Reject, Slice
 from pipelines.corpus.errors import StoreError, TransientError
+from pipelines.corpus.tokenized import TokenizedSource
 from pipelines.loading.index import Index
 from pipelines.loading.loader import Loader
 from pipelines.shards.dataset import Dataset
@@ -26,6 +27,7 @@ from pipelines.tokenize.ledger import Ledger
 from pipelines.tokenize.units import WorkUnit
 from tests.faults import AFTER, KINDS, FaultyS3
 from tests.pipelines.corpora import VOCABULARY, make_dataset, random_row, write_unit
+from tests.pipelines.reading import everything
 from tests.pipelines.stores import object_store
 
 FIRST = [kind if kind == "reset after" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
@@ -91,6 +93,17 @@ def test_a_ledger_entry_whose_answer_is_lost_keeps_its_file(kind: str, s3: Fault
     s3.plan(rate=1.0, kinds=[kind], first=True, only="PUT .*_delta_log")
     assert ledger.append([unit])
     assert Ledger(storage).units([unit.id]) == [unit]
+
+
+def test_a_dataset_in_a_store_is_read_as_a_source_of_another(s3: FaultyS3) -> None:
+    """Through the same settings as all else, an endpoint without encryption among them, and through faults."""
+    dataset = make_dataset("s3://bucket/source", units=2, rows=3)  # type: ignore[arg-type]
+    made_with = {"fingerprint": VOCABULARY.fingerprint}
+    settings = {"reader": "tokenized", "name": "ids", "content": "sequences", "made_with": made_with}
+    source = TokenizedSource.model_validate(settings | {"path": dataset.uri}).bound(VOCABULARY, 128)
+    s3.plan(rate=0.2, kinds=SOME, seed=3)
+    assert [item.uri for item in source.inputs()] == [shard.name for shard in dataset.shards()]
+    assert sum(isinstance(item, Document) for item in everything(source)) == 6
 
 
 def _commit_all(uri: str, worker: int) -> int:

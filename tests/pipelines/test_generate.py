@@ -18,6 +18,7 @@ from pipelines.generate import GenerateError, Generator, Prompt, Request, Sample
 from pipelines.generate.continuation import Continuation
 from pipelines.generate.prompt import encode_prompt
 from pipelines.generate.request import wishes
+from pipelines.generate.streaming import TextStream
 from pipelines.interleave import EncodedSpan
 from pipelines.pretrain.checkpoint import CheckpointError
 from pipelines.pretrain.export import export_model
@@ -74,6 +75,11 @@ def _tokens(sample: Sample) -> tuple[list[int], list[int]]:
     return sample.sequence.token_ids.tolist(), sample.sequence.modality_ids.tolist()
 
 
+def _next_logits(generator: Generator, ids: list[int], kinds: list[int], modality: Modality) -> torch.Tensor:
+    hidden = generator.model.hidden_states(torch.tensor([ids]), torch.tensor([kinds]))[0, -1]
+    return torch.nn.functional.linear(hidden, generator.model.head_weight(modality.label))
+
+
 @torch.no_grad()
 def _by_full_forwards(generator: Generator, prompt: Prompt, request: Request) -> list[int]:
     """The likeliest tokens, by a whole forward pass for each, without a cache."""
@@ -83,8 +89,20 @@ def _by_full_forwards(generator: Generator, prompt: Prompt, request: Request) ->
     encoded = encode_prompt(prompt, generator.vocabulary, generator.tokenizers)
     row = Continuation(generator.vocabulary, encoded, wanted, CONTEXT)
     while row.allowed is not None:
-        hidden = generator.model.hidden_states(torch.tensor([row.token_ids]), torch.tensor([row.modality_ids]))[0, -1]
-        logits = torch.nn.functional.linear(hidden, generator.model.head_weight(row.allowed.modality.label))
+        sampling = request.sampling_of(row.allowed.modality)
+        logits = _next_logits(generator, row.token_ids, row.modality_ids, row.allowed.modality)
+        if sampling.guidance != 1:
+            new = slice(row.prompt_tokens, None)
+            without = _next_logits(
+                generator,
+                [generator.vocabulary.document, *row.token_ids[new]],
+                [0, *row.modality_ids[new]],
+                row.allowed.modality,
+            )
+            logits = without + sampling.guidance * (logits - without)
+        for token_id, kind in set(zip(row.token_ids, row.modality_ids, strict=True)):
+            if kind == row.allowed.modality and (kind or token_id < generator.vocabulary.text_pieces):
+                logits[token_id] *= sampling.repetition_penalty ** (-1 if logits[token_id] > 0 else 1)
         masked = torch.full_like(logits, -torch.inf)
         for low, high in row.allowed.ranges:
             masked[low:high] = logits[low:high]
@@ -104,6 +122,72 @@ def test_greedy_generation_equals_repeated_full_forward_passes_for_ragged_prompt
     assert len({sample.sequence.token_ids.tobytes() for sample in samples}) == 3
     for prompt, sample in zip(prompts, samples, strict=True):
         assert sample.sequence.token_ids.tolist() == _by_full_forwards(generator, prompt, request)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"guidance": 3.0}, {"repetition_penalty": 1.7}, {"guidance": 2.0, "repetition_penalty": 1.3}], ids=str
+)
+def test_guidance_and_penalty_equal_those_by_full_forward_passes(
+    generator: Generator, changed: dict[str, float]
+) -> None:
+    prompts: list[Prompt] = ["the quick brown fox jumps over", "lazy", ""]
+    plain = Request(want=["image", "text", "audio"], sampling=GREEDY, max_tokens=6, seconds=0.1)
+    request = replace(plain, sampling=replace(GREEDY, **changed))
+    samples = generator.generate(prompts, request)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        assert sample.sequence.token_ids.tolist() == _by_full_forwards(generator, prompt, request)
+    assert [_tokens(s) for s in samples[:2]] != [_tokens(s) for s in generator.generate(prompts, plain)[:2]]
+
+
+def test_guidance_is_by_modality_and_without_it_the_prompt_is_forgotten(generator: Generator) -> None:
+    def codes(prompt: str, guidance: float) -> bytes:
+        request = Request(want="image", sampling={"image": replace(GREEDY, guidance=guidance), "text": GREEDY})
+        return generator.generate([prompt], request)[0].sequence.token_ids[-17:].tobytes()
+
+    assert codes("the fox", 0.0) == codes("lazy dogs", 0.0) == codes("", 1.0)
+    assert codes("the fox", 1.0) != codes("lazy dogs", 1.0)
+
+
+def test_a_guided_sample_depends_on_its_seed_alone(generator: Generator) -> None:
+    sampling = Sampling(guidance=2.5, repetition_penalty=1.2, top_k=12)
+    request = Request(want=["text", "image"], sampling=sampling, samples=3, seed=5, max_tokens=8)
+    samples = [_tokens(s) for s in generator.generate(["the fox"], request)]
+    assert samples == [_tokens(s) for s in generator.generate(["lazy dogs jump", "the fox"], request)][3:]
+    assert samples == [_tokens(s) for s in generator.generate(["the fox"], replace(request, batch_size=2))]
+
+
+def test_a_penalty_makes_texts_repeat_less(generator: Generator) -> None:
+    def repeated(penalty: float) -> int:
+        request = Request(sampling=Sampling(temperature=0.3, repetition_penalty=penalty), samples=12, max_tokens=30)
+        ids = [s.sequence.token_ids[1:-1].tolist() for s in generator.generate(["the fox"], request)]
+        return sum(len(held) - len(set(held)) for held in ids)
+
+    assert repeated(3.0) < repeated(1.0) / 2
+
+
+@pytest.mark.parametrize("want", ["text", ["text", "image", "text"]], ids=str)
+def test_streamed_text_is_the_text_in_the_end(generator: Generator, want: str | list[str]) -> None:
+    told: dict[int, list[str]] = {}
+    request = Request(want=want, samples=4, max_tokens=25, batch_size=3)
+    samples = generator.generate(
+        ["the fox", ""], request, on_text=lambda index, text: told.setdefault(index, []).append(text)
+    )
+    for index, sample in enumerate(samples):
+        assert "".join(told[index]) == "".join(span.text or "" for span in sample.spans)
+    assert max(len(parts) for parts in told.values()) > 3
+
+
+def test_half_a_character_is_never_told(generator: Generator) -> None:
+    text, vocabulary = generator.tokenizers.text, generator.vocabulary
+    prompt = encode_prompt("", vocabulary, generator.tokenizers)
+    row = Continuation(vocabulary, prompt, wishes(Request(), vocabulary, frame_rate_hz=1, whose="tiny"), CONTEXT)
+    told: list[str] = []
+    stream = TextStream([row], text.decode, lambda index, new: told.append(new))
+    for piece in text.encode(["\N{SNOWMAN} \N{CAT FACE}!"])[0].tolist():
+        row.take(piece)
+        stream.piece(0, piece)
+    stream.close()
+    assert told == ["\N{SNOWMAN}", " ", "\N{CAT FACE}", "!"]
 
 
 @pytest.mark.parametrize("want", ["text", "image", "audio", ["text", "image", "text", "audio"]], ids=str)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipelines.generate import GenerateError, Sampling
-from pipelines.generate.sampling import distribution, sample
+from pipelines.generate.sampling import distribution, penalize, sample
 
 
 def _uniforms(count: int, seed: int = 0) -> Tensor:
@@ -135,6 +135,12 @@ def test_temperature_0_and_top_1_take_the_likeliest() -> None:
         assert torch.equal(sample(logits, sampling, _uniforms(50)), logits.argmax(-1))
 
 
+def test_a_penalty_lowers_what_is_held_and_nothing_else() -> None:
+    logits, held = torch.tensor([[2.0, -2.0, 0.0, 3.0]]), torch.tensor([[True, True, True, False]])
+    assert penalize(logits, held, 2.0).tolist() == [[1.0, -4.0, 0.0, 3.0]]
+    assert torch.equal(penalize(logits, held, 1.0), logits)
+
+
 def test_rows_are_drawn_on_their_own() -> None:
     logits = torch.randn(8, 30, generator=torch.Generator().manual_seed(5))
     uniforms = _uniforms(8)
@@ -153,6 +159,9 @@ def test_rows_are_drawn_on_their_own() -> None:
         ({"top_p": 0.0}, "top_p is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"min_p": -0.1}, "min_p is -0.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0"),
+        ({"guidance": -1.0}, "guidance is -1"),
+        ({"guidance": float("nan")}, "guidance is nan"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, float], message: str) -> None:

@@ -1,6 +1,7 @@
 """Corpora in an object store: read as from a disk, through whatever the network does."""
 
 import errno
+import gzip
 import io
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from pipelines.corpus import remote
 from pipelines.corpus.documents import Document, Reject, Slice
@@ -20,6 +22,7 @@ from pipelines.corpus.files import find_files, open_part, stamp
 from pipelines.corpus.json_lines import JsonLinesSource
 from pipelines.corpus.media_folder import MediaFolderSource
 from pipelines.corpus.reader import Reader
+from pipelines.corpus.sources import Source
 from tests.faults import KINDS, FaultyS3
 from tests.pipelines.stores import copy, object_store, put
 from tests.pipelines.tiny import write_corpus
@@ -171,6 +174,23 @@ def test_one_object_that_is_gone_or_refused_goes_to_quarantine_with_the_true_rea
         assert isinstance(row, Reject)
         assert row.reason == "file: unreadable"
         assert why in row.error
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.parquet", "x.tar"])
+def test_a_file_that_is_refused_while_it_is_read_is_no_damaged_one(name: str, s3: FaultyS3) -> None:
+    """A store is first asked how long an object is."""
+    put(f"s3://bucket/later/{name}", gzip.compress(b"a fox") * 9000)
+    reader = {"parquet": "parquet", "tar": "webdataset"}.get(name.rpartition(".")[2], "jsonl")
+    settings = {"text_field": "text"} if reader == "parquet" else {}
+    source: Reader = TypeAdapter(Source).validate_python(
+        {"name": "s", "reader": reader, "path": f"s3://bucket/later/{name}", **settings}
+    )
+    slices = [Slice(input=item, start=0, stop=item.size) for item in source.inputs()]
+    s3.plan(rate=1.0, kinds=["403"], only=f"GET .*{name}$")
+    (row,) = source.read(slices)
+    assert isinstance(row, Reject)
+    assert row.reason == "file: unreadable"
+    assert "the store refuses" in row.error
 
 
 def test_an_object_that_shrinks_while_it_is_read_is_never_filled_up(

@@ -27,9 +27,10 @@ from pipelines.recipe import dump_recipe
 from pipelines.report.charts import short, thin, ticks, waveform
 from pipelines.report.markup import Markup, tag
 from pipelines.report.media import LONGEST_TEXT, PageError, prose
-from pipelines.report.page import report, spread_rows, write_page
+from pipelines.report.page import report, write_page
 from pipelines.report.summary import summarize
 from pipelines.report.training import duration
+from pipelines.rows import spread
 from pipelines.sequence import Modality
 from pipelines.shards.dataset import Dataset
 from pipelines.show import ShownRow
@@ -367,9 +368,9 @@ def test_a_long_text_opens_on_request_and_has_an_end() -> None:
 
 
 def test_rows_are_spread_over_the_dataset(dataset: Dataset) -> None:
-    assert spread_rows(dataset, 4) == ["0", "10", "21", "31"]
-    assert spread_rows(dataset, 100) == [str(i) for i in range(42)]
-    assert spread_rows(dataset, 0) == []
+    assert spread(dataset, 4) == [0, 10, 21, 31]
+    assert spread(dataset, 100) == list(range(42))
+    assert spread(dataset, 0) == []
 
 
 @given(low=st.floats(-1e6, 1e6), spread=st.floats(1e-3, 1e6), about=st.integers(2, 9))

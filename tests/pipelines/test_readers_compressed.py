@@ -210,10 +210,11 @@ def test_much_of_nothing_takes_no_memory(ending: str, tmp_path: Path) -> None:
     packed = zipped(chunk * 30) if ending == ".zip" else PACK[ending](chunk) * 30
     write(tmp_path, {f"x.jsonl{ending}": packed})
     code = (
-        "import resource, sys; from tests.pipelines.test_readers_json_lines import everything, lines_source;"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "import sys; from tests.peak import peak_kb;"
+        "from tests.pipelines.test_readers_json_lines import everything, lines_source;"
+        "before = peak_kb();"
         "(reject,) = everything(lines_source(sys.argv[1], max_line_mb=5, max_expansion=1e9));"
-        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "after = peak_kb();"
         "print(after - before, reject.reason)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)

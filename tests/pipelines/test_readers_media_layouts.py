@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
@@ -95,6 +95,19 @@ def test_what_lacks_its_recording_or_transcript_is_rejected(tmp_path: Path) -> N
         ("s/.#1-2-2", "transcript: missing"),
         ("s/.#1-2-3", "transcript: missing"),
     ]
+
+
+def test_an_utterance_that_comes_twice_is_not_lost_in_silence(tmp_path: Path) -> None:
+    lines = "1-2-0 ONE\n1-2-1 ONE\n1-2-1 ANOTHER\n1-2-2 TWO\n"
+    files = {"1-2-0.flac": b"a", "1-2-0.wav": b"other", "1-2-1.flac": b"b", "1-2-2.flac": b"c"}
+    write(tmp_path, {"1-2.trans.txt": lines, "more.trans.txt": "1-2-2 TWO\n", **files})
+    results = everything(source_of({"reader": "librispeech", "path": str(tmp_path)}))
+    assert [(r.source, r.reason, isinstance(r, Reject)) for r in results if isinstance(r, Reject)] == [
+        ("s/.#1-2-0", "recording: twice", True),
+        ("s/.#1-2-1", "transcript: twice", True),
+    ]
+    # The same words twice are no contradiction.
+    assert contents([r for r in results if isinstance(r, Document)]) == {"1-2-2": ["TWO", b"c"]}
 
 
 def test_a_transcript_file_that_is_not_utf8_costs_its_chapter(tmp_path: Path) -> None:
@@ -265,6 +278,16 @@ def test_what_is_no_json_is_rejected_once(text: str, tmp_path: Path) -> None:
     assert "captions_x.json: not JSON at character" in reject.error
 
 
+def test_an_id_is_the_same_as_text_and_as_number(tmp_path: Path) -> None:
+    images = [{"id": 1, "file_name": "1.jpg"}, {"id": "1", "file_name": "2.jpg"}]
+    described = json.dumps({"images": images, "annotations": [{"image_id": "1", "caption": "good"}]})
+    write(tmp_path, {"annotations/captions_x.json": described, "x/1.jpg": b"one", "x/2.jpg": b"two"})
+    reject, document = everything(source_of({"reader": "coco", "path": str(tmp_path)}))
+    assert isinstance(reject, Reject)
+    assert reject.reason == "picture: twice"
+    assert contents([document]) == {"1": ["good", b"one"]}
+
+
 def test_captions_of_no_picture_are_rejected(tmp_path: Path) -> None:
     write(tmp_path, {"annotations/captions_x.json": '{"images": [], "annotations": []}', "x/1.jpg": b"one"})
     assert only_reject(source_of({"reader": "coco", "path": str(tmp_path)})).reason == "picture: none"
@@ -283,6 +306,7 @@ JSON = st.recursive(
     indent=st.sampled_from([None, 0, 2]),
     chunk=st.integers(1, 9),
 )
+@example(value={"images": [0.0, 1e-30, -5]}, indent=None, chunk=1)
 def test_array_items_are_those_that_the_json_module_finds(
     value: dict[str, Any], indent: int | None, chunk: int
 ) -> None:

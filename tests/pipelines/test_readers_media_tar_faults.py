@@ -173,13 +173,13 @@ def test_memory_holds_one_sample_not_the_tar(tmp_path: Path) -> None:
             file.seek(-(-size // 512) * 512 - 512, 1)
         file.write(bytes(1024))
     code = (
-        "import resource, sys; from pipelines.corpus.documents import Slice;"
+        "import sys; from tests.peak import peak_kb; from pipelines.corpus.documents import Slice;"
         "from pipelines.corpus.webdataset import WebDatasetSource;"
         "source = WebDatasetSource(reader='webdataset', name='w', path=sys.argv[1], max_sample_mb=5);"
         "(item,) = source.inputs();"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "before = peak_kb();"
         "count = sum(1 for _ in source.read([Slice(input=item, start=0, stop=item.size)]));"
-        "print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "print(count, peak_kb() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     count, kilobytes = map(int, done.stdout.split())

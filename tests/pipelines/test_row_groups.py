@@ -111,20 +111,43 @@ def test_a_row_group_over_the_limit_is_not_read() -> None:
     assert "the 7 rows of row group 0 take" in str(got[0][1])
 
 
+def measured(file: Path) -> tuple[int, int]:
+    """Bytes that the column `data` has in all, and kilobytes of memory that reading it takes."""
+    code = (
+        "import sys; from tests.peak import peak_kb; from pipelines.corpus.row_groups import rows;"
+        "file = open(sys.argv[1], 'rb');"
+        "before = peak_kb();"
+        "count = sum(len(row['data']) for _, row in rows(file, 0, 10**12, {'data'}, 1000));"
+        "after = peak_kb();"
+        "print(count, after - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
+    count, kilobytes = map(int, done.stdout.split())
+    return count, kilobytes
+
+
+def test_a_value_that_all_rows_share_is_in_memory_once(tmp_path: Path) -> None:
+    """A file of some kilobytes that is gigabytes if each row gets its own."""
+    cell = b"x" * 2_000_000
+    cells = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), pa.array([cell, b"y"]))
+    kind = pa.struct([("data", cells.type)])
+    for name, column in (("data", cells), ("in", pa.StructArray.from_arrays([cells], fields=list(kind)))):
+        pq.write_table(pa.table({name: column}), tmp_path / "x.parquet", compression="zstd", store_schema=False)
+        assert (tmp_path / "x.parquet").stat().st_size < 10_000
+        if name == "data":
+            count, kilobytes = measured(tmp_path / "x.parquet")
+            assert count == 3000 * len(cell)
+            assert kilobytes < 75_000, kilobytes
+        else:
+            with (tmp_path / "x.parquet").open("rb") as file:
+                assert next(rows(file, 0, sys.maxsize, {"in"}, 100)) == (0, {"in": {"data": cell}})
+
+
 def test_memory_holds_a_batch_and_not_the_row_group(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     cell = np.random.default_rng(0).bytes(1_000_000)
     with pq.ParquetWriter(file, pa.schema([("data", pa.binary())]), write_batch_size=1) as writer:
         writer.write_table(pa.table({"data": [cell] * 150}), row_group_size=150)
-    code = (
-        "import resource, sys; from pipelines.corpus.row_groups import rows;"
-        "file = open(sys.argv[1], 'rb');"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "count = sum(len(row['data']) for _, row in rows(file, 0, 10**12, {'data'}, 1000));"
-        "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "print(count, after - before)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
-    count, kilobytes = map(int, done.stdout.split())
+    count, kilobytes = measured(file)
     assert count == 150_000_000
     assert kilobytes < 75_000

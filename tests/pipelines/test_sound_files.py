@@ -1,6 +1,7 @@
 """Sound files that decoders read wrongly when left alone: of several streams, without a length, cut off."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipelines.corpus import sounds
 from pipelines.corpus.errors import MediaError
-from pipelines.corpus.sound_files import _after_tags, _frame, streams
+from pipelines.corpus.sound_files import _LIKE_A_HEADER, _after_tags, _frame, streams
 from pipelines.corpus.sounds import equal_parts, load_sound, normalise_loudness
 
 RATE = 16_000
@@ -91,6 +92,15 @@ def test_tags_around_an_mp3_file_are_no_sound() -> None:
     np.testing.assert_array_equal(load_sound(front + data + back, "x", RATE), load_sound(data, "x", RATE))
     bare = without_tag(data)
     np.testing.assert_array_equal(load_sound(front + bare + back, "x", RATE), load_sound(bare, "x", RATE))
+
+
+def test_the_search_for_frames_sees_every_header_and_is_quick_over_junk() -> None:
+    sound = mp3(clip(1, 1))
+    start = _after_tags(sound, 0)
+    assert streams(b"ID3\x03\0\0\0\0\0\0" + b"\xff" * 5_000_000 + sound, "x") == streams(sound[start:], "x")
+    for second, third in itertools.product(range(256), range(256)):
+        header = bytes([0xFF, second, third, 0])
+        assert not _frame(header, 0) or _LIKE_A_HEADER.match(header)
 
 
 def test_an_mp3_file_whose_rate_changes_is_refused() -> None:

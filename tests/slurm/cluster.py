@@ -4,8 +4,9 @@
 
 Enters: nothing; root on Linux with the packages of `install.sh`. Leaves: `Cluster.environment`, under which sbatch, squeue
 and the rest talk to it. Always holds: all state lies in one temporary folder, every node has a network namespace, a host
-name and a process namespace, so that `crash` is what a power cut is to a host; several clusters may run at once; `stop`,
-or the end of the process that started it, leaves no process, namespace, bridge, name or file behind.
+name and a process namespace, so that `crash` is what a power cut is to a host; several clusters may run at once; `stop`
+leaves no process, namespace, bridge, name or file behind. If the process that started it is killed, its daemons end too,
+and the next cluster removes the rest.
 """
 
 from __future__ import annotations
@@ -59,9 +60,12 @@ class Cluster:
     """Four nodes of 4 CPUs, 5,000 MB and 2 GPUs, partitions `main` and `high`; a context manager."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="braid-slurm-"))
-        self.folder.chmod(0o755)
         self.number, self._lock = _take_number()
+        for left in Path(tempfile.gettempdir()).glob(f"braid-slurm-{self.number}-*"):
+            # Of a cluster of this number whose process was killed.
+            shutil.rmtree(left, ignore_errors=True)
+        self.folder = Path(tempfile.mkdtemp(prefix=f"braid-slurm-{self.number}-"))
+        self.folder.chmod(0o755)
         self.nodes = [f"n{self.number}{i}" for i in range(1, NODES + 1)]
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))},
@@ -163,7 +167,7 @@ class Cluster:
         child = Path(f"/proc/{self._daemons[node].pid}/task/{self._daemons[node].pid}/children").read_text().split()[0]
         self.run("nsenter", f"--target={child}", "--mount", *command)
 
-    def await_idle(self, timeout_s: float = 60) -> None:
+    def await_idle(self, timeout_s: float = 120) -> None:
         """Wait until every node is idle."""
         self._await("slurmctld", lambda: set(self.run("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}, timeout_s)
 
@@ -210,7 +214,7 @@ class Cluster:
             daemon.kill()
             daemon.wait()
 
-    def _await(self, name: str, ready: Callable[[], bool], timeout_s: float = 60) -> None:
+    def _await(self, name: str, ready: Callable[[], bool], timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
         while not ready():
             daemon = self._daemons.get(name)

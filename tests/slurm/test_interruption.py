@@ -30,7 +30,7 @@ from tests.slurm.training import (
     training_recipe,
 )
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +57,37 @@ def _crash(cluster: Cluster, node: str) -> Iterator[None]:
 
 def _train(folder: Path, name: str, until: int = 33) -> tuple[JobHandle, Path]:
     run = folder / name
-    job = submit(training_recipe(folder / "tokens", run))
-    await_(lambda: steps_done(run) >= until, 90, f"{until} steps: {logs(job)}")
+    # A limit of two minutes is nearly over at once.
+    job = submit(training_recipe(folder / "tokens", run), signal_before_s=110)
+    await_(lambda: steps_done(run) >= until, 300, f"{until} steps: {logs(job)}")
     return job, run
 
 
-def test_a_preempted_run_goes_on_and_ends_with_the_same_weights(
-    cluster: Cluster, folder: Path, undisturbed: Path
+@pytest.mark.parametrize(
+    ("command", "cause"),
+    [
+        (
+            ("sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 5"),
+            "a job of higher priority took its nodes; SIGUSR2: saved after step",
+        ),
+        (("scontrol", "update", "JobId={job}", "TimeLimit=2"), "its time was nearly over; SIGUSR2: saved after step"),
+        (("scontrol", "requeue", "{job}"), "it was taken back (scontrol requeue)"),
+    ],
+    ids=["preemption", "time limit", "requeue"],
+)
+def test_a_disturbed_run_goes_on_and_ends_with_the_same_weights(
+    cluster: Cluster, folder: Path, undisturbed: Path, command: tuple[str, ...], cause: str
 ) -> None:
-    job, run = _train(folder, "preempted")
-    cluster.run("sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 5")
+    job, run = _train(folder, f"disturbed-{command[-1].partition('=')[0]}")
+    cluster.run(*(part.format(job=job.id) for part in command))
+    if "update" in command:
+        await_(lambda: len(list(job.folder.glob("attempt-*"))) > 1, 300, f"a second start: {logs(job)}")
+        cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
     assert await_end(cluster, job) == "COMPLETED", logs(job)
     assert faults(run, undisturbed) == []
     found = status(job.id)
     assert found.restarts == 1
-    assert "a job of higher priority took its nodes; SIGUSR2: saved after step" in found.attempts[0].why
+    assert cause in found.attempts[0].why
 
 
 def test_a_dead_node_sends_the_run_back_to_its_last_checkpoint(
@@ -94,7 +110,7 @@ def test_tokenization_survives_the_crash_of_a_node(cluster: Cluster, tmp_path: P
     recipe = read_recipe(TokenizeRecipe, file).model_copy(update={"workers": None})
     job = launch([tokenize_task(recipe)], cluster_recipe(nodes=2, tasks_per_node=1, cpus_per_task=2))
     log = job.folder / f"{job.id}_0_log.out"
-    await_(lambda: log.exists() and " units" in log.read_text(), 90, f"its first units: {logs(job)}")
+    await_(lambda: log.exists() and " units" in log.read_text(), 300, f"its first units: {logs(job)}")
     nodes = cluster.run("squeue", "-h", "-j", job.id, "-o", "%N").strip()
     with _crash(cluster, cluster.nodes[1 if victim == "worker" else 0]):
         assert await_end(cluster, job) == "COMPLETED", logs(job)

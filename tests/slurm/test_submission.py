@@ -22,7 +22,7 @@ from slurm.submission import JobHandle, Task, new_folder, submit, submit_many
 from tests.slurm.cluster import Cluster
 from tests.slurm.training import await_, await_end, cluster_recipe, dataset, job_state, logs, training_recipe
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ def _submit(folder: Path, name: str, *arguments: str, **changes: Any) -> JobHand
 
 def _braid(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipelines.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=400)
 
 
 def test_every_task_runs_the_archived_code_with_recipe_and_arguments(cluster: Cluster, tmp_path: Path) -> None:
@@ -160,13 +160,13 @@ def test_an_array_runs_each_of_its_recipes(cluster: Cluster, tmp_path: Path) -> 
     with pytest.raises(SlurmError, match=f"job {job.id} is an array: name one of {job.id}_0"):
         status(job.id)
     for number, each in enumerate(job.tasks):
-        assert [s.state for s in jobs.wait(each, 60)][-1] == "COMPLETED", logs(job)
+        assert [s.state for s in jobs.wait(each, 240)][-1] == "COMPLETED", logs(job)
         assert f"arguments ['n={number}']" in (job.folder / f"{each}_0_log.out").read_text()
 
 
 def test_a_cancelled_job_stays_so_and_can_be_resumed_with_the_same_code(cluster: Cluster, tmp_path: Path) -> None:
     job = _submit(tmp_path, "sleep", "8", tasks_per_node=1)
-    await_(lambda: (job.folder / f"attempt-{job.id}-0.json").exists(), 30, "it runs")
+    await_(lambda: (job.folder / f"attempt-{job.id}-0.json").exists(), 120, "it runs")
     with pytest.raises(SubmissionError, match="goes on by itself"):
         jobs.resume(job.id)
     assert _braid("jobs", "cancel", job.id).returncode == 0

@@ -78,7 +78,7 @@ def job_state(cluster: Cluster, job: JobHandle) -> str:
     return cluster.run("squeue", "-h", "-j", job.id, "-t", "all", "-o", "%T").strip()
 
 
-def await_end(cluster: Cluster, job: JobHandle, timeout_s: float = 150) -> str:
+def await_end(cluster: Cluster, job: JobHandle, timeout_s: float = 420) -> str:
     """The state in which a job ends."""
     ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL"}
     state = ""
