@@ -12,6 +12,7 @@ from pydantic import Field
 
 from pipelines.pretrain.recipe import PretrainRecipe
 from pipelines.recipe import RecipeError, Settings, dump_recipe, read_recipe
+from pipelines.recurring.recipe import PipelineRecipe
 from pipelines.tokenize.recipe import TokenizeRecipe
 from slurm.settings import ClusterRecipe
 
@@ -218,7 +219,13 @@ def test_an_override_hides_the_places_of_what_it_replaces(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("file", sorted(SHIPPED.rglob("*.yaml")), ids=lambda file: file.stem + "-" + file.parent.name)
 def test_every_shipped_recipe_is_read_and_reads_back_equal(tmp_path: Path, file: Path) -> None:
-    kind = {"tokenize": TokenizeRecipe, "pretrain": PretrainRecipe, "cluster": ClusterRecipe}[file.parent.name]
+    kinds = {
+        "tokenize": TokenizeRecipe,
+        "pretrain": PretrainRecipe,
+        "cluster": ClusterRecipe,
+        "pipeline": PipelineRecipe,
+    }
+    kind = kinds[file.parent.name]
     recipe = read_recipe(kind, file)  # type: ignore[type-var]
     (tmp_path / "dumped.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     assert read_recipe(kind, tmp_path / "dumped.yaml") == recipe  # type: ignore[type-var]
