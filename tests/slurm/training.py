@@ -35,7 +35,8 @@ def training_recipe(dataset: Path, output: Path, **changes: Any) -> PretrainReci
         "optimizer": {"learning_rate": 3e-3},
         "schedule": {"warmup_steps": 2},
         "batch": {"sequences": 8, "micro_batch": 2},
-        "steps": 240,
+        # Over half a minute after a disturbance on any machine: SLURM looks at time limits that seldom.
+        "steps": 600,
         "precision": "fp32",
         "checkpoints": {"every": 20},
         "logging": {"every": 5, "tensorboard": False},
