@@ -298,7 +298,9 @@ class UnifiedTransformer(nn.Module):
         for block in self.blocks:
             block.attention.watching = True  # type: ignore[union-attr]
         try:
-            self._predicting(batch)
+            # A compiled block could not hand its peak out, least of all one that is recomputed.
+            with torch.compiler.set_stance("force_eager"):
+                self._predicting(batch)
             return torch.stack([block.attention.peak for block in self.blocks])  # type: ignore[union-attr, misc]
         finally:
             self._watching = False
