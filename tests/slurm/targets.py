@@ -41,7 +41,8 @@ def vanish(recipe: str, arguments: Sequence[str]) -> None:
 
 
 def exit_with(recipe: str, arguments: Sequence[str]) -> None:
-    """End with a code of its own."""
+    """End with a code of its own, after so many seconds if they are named."""
+    time.sleep(float(arguments[1]) if len(arguments) > 1 else 0)
     raise SystemExit(int(arguments[0]))
 
 

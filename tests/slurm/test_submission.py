@@ -146,7 +146,8 @@ def test_jobs_come_after_others_and_never_after_a_failed_one(cluster: Cluster, t
     settings = cluster_recipe(nodes=1, tasks_per_node=1)
     second = submit(_task("hello"), settings, tmp_path / "jobs/second", after=[first.id])
     assert "Dependency" in status(second.id).why
-    failing = submit(_task("exit_with", "3"), settings, tmp_path / "jobs/failing")
+    # Not before the next one is there: SLURM takes no job after one that has failed.
+    failing = submit(_task("exit_with", "3", "15"), settings, tmp_path / "jobs/failing")
     third = submit(_task("hello"), settings, tmp_path / "jobs/third", after=[failing.id])
     assert await_end(cluster, second) == "COMPLETED"
     assert await_end(cluster, third) == "CANCELLED"
