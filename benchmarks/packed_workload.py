@@ -25,6 +25,8 @@ class Step:
     """One optimizer step of one rank, as `pipelines.loading.StepBatch` gives it."""
 
     micro_batches: list[PackedBatch]
+    sources: list[torch.Tensor]
+    """All rows are from one dataset, number 0."""
     tokens: int
     """Not counting padding."""
 
@@ -78,7 +80,8 @@ def make_steps(
         batches = [_batch(config, mine[i : i + micro_batch], length, rng) for i in range(0, len(mine), micro_batch)]
         if pin:
             batches = [batch.pin_memory() for batch in batches]
-        made.append(Step(batches, sum(map(sum, mine))))
+        sources = [torch.zeros(len(batch.token_ids), dtype=torch.int64) for batch in batches]
+        made.append(Step(batches, sources, sum(map(sum, mine))))
     return made
 
 

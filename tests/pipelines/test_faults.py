@@ -60,7 +60,15 @@ def test_a_step_that_is_not_a_number_changes_nothing_and_is_told(
 
 
 def _told(sums: torch.Tensor, counts: torch.Tensor) -> Losses:
-    return Losses(sums=sums.double(), counts=counts, squares=sums.double(), tokens=counts.sum())
+    sums = sums.double()
+    return Losses(
+        sums=sums,
+        counts=counts,
+        squares=sums,
+        tokens=counts.sum(),
+        dataset_sums=sums[None],
+        dataset_counts=counts[None],
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
