@@ -111,8 +111,8 @@ class WeightsAndBiases:
             )
         except wandb.Error as error:
             raise RunError(
-                f"logging.wandb is {mode!r}, but W&B cannot be used: {error}. Log in with `wandb login`, or set logging.wandb "
-                "to 'offline' and send the run later with `wandb sync`"
+                f"logging.wandb is {mode!r}, but W&B cannot be used: {error}. Log in with `wandb login`, or set "
+                "logging.wandb to 'offline' and send the run later with `wandb sync`"
             ) from error
         # An axis of our own: W&B drops what comes for a step that it has seen, and those of a run that goes on come again.
         self._run.define_metric("step")

@@ -53,7 +53,8 @@ class MasterAdamW(torch.optim.Optimizer):
     """AdamW over bfloat16 parameters with float32 masters."""
 
     heeds_found_inf = True
-    """A step is left out where the attribute `found_inf`, a float32 scalar on the device, is not 0: gradient scalers' sign."""
+    """A step is left out where the attribute `found_inf`, a float32 scalar on the device, is not 0, as for gradient
+    scalers."""
 
     def __init__(
         self,

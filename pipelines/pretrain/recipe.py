@@ -220,8 +220,8 @@ class PretrainRecipe(Settings):
             )
         if "://" in self.output:
             raise ValueError(
-                f"output is {self.output!r}: a run folder must be on a file system, for it is locked while the run goes on and "
-                "checkpoints appear in it by renaming; name a folder that all nodes share (data may be on an object store)"
+                f"output is {self.output!r}: a run folder must be on a file system, for it is locked while the run goes on, "
+                "and checkpoints appear in it by renaming; name a folder that all nodes share. Data may be on an object store"
             )
         total = self.total_steps
         warmup, decay = self.schedule.warmup(total), self.schedule.decay(total)
