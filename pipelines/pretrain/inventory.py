@@ -6,7 +6,7 @@ data is read, and a damaged one is told as such.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from model import MODALITIES
 from pipelines.pretrain.checkpoint import CheckpointError, describe_checkpoint, list_checkpoints, step_of
 from pipelines.pretrain.metrics import ROLL_BACK, read_metrics
 from pipelines.pretrain.run import RunError, read_finished
@@ -99,6 +100,17 @@ def summary(run: Path) -> dict[str, Any]:
         "faults": sum("fault" in r for r in steps),
         "roll_backs": len(read_metrics(metrics, ROLL_BACK)),
     }
+
+
+def datasets_table(losses: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Training losses of the last step by dataset."""
+    table = Table(title="Training loss of the last step by dataset")
+    for column in ("dataset", *MODALITIES):
+        table.add_column(column, justify="left" if column == "dataset" else "right")
+    for name, loss in losses.items():
+        values = (loss[modality] for modality in MODALITIES)
+        table.add_row(escape(name), *(f"{value:.3f}" if value is not None else "" for value in values))
+    return table
 
 
 def _mean(values: Sequence[float]) -> float | None:

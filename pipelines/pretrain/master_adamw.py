@@ -106,7 +106,8 @@ class MasterAdamW(torch.optim.Optimizer):
             if found_inf is None:
                 found_inf = torch.zeros((), device=steps[0].device)
             torch._foreach_add_(steps, [(found_inf == 0).float()] * len(steps))
-            numbers = Update(group["lr"], *group["betas"], group["eps"], group["weight_decay"], found_inf)
+            beta1, beta2 = group["betas"]
+            numbers = Update(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], found_inf)
             corrections = numbers.corrections(torch.stack(steps))
             for weight, correction in zip(weights, corrections, strict=True):
                 state = self.state[weight]

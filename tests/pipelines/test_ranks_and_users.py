@@ -90,7 +90,12 @@ def test_two_users_train_on_one_node_at_once_and_leave_nothing(open_folder: Path
         code = "import sys; from pipelines.pretrain import main; main(sys.argv[1])"
         script = open_folder / "train.py"
         script.write_text(code)
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(home), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "HOME": str(home),
+            "USER": home.name,
+            "OMP_NUM_THREADS": "1",
+        }
         as_user = {"user": user, "group": user, "extra_groups": []} if os.getuid() == 0 else {}
         processes.append(
             subprocess.Popen(
