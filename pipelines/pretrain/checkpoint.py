@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from pipelines.crash import crash_point
@@ -109,8 +110,8 @@ def _together(work: Callable[[], Any], folder: Path, ranks: Ranks, group: dist.P
     try:
         with naming_a_full_disk(folder):
             result = work()
-    except Exception as error:
-        # DCP wraps what went wrong on any rank into an error of its own.
+    except (Exception, CheckpointException) as error:
+        # DCP wraps what went wrong on any rank into an error of its own, which is no Exception.
         fault = f"{type(error).__name__}: {error}"
         full = isinstance(error, DiskFullError) or "No space left on device" in fault or "Disk quota" in fault
     outcomes: list[Any] = [None] * ranks.world_size
