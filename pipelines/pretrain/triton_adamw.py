@@ -29,7 +29,7 @@ def _adamw_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = (at < size) & (tl.load(found_inf) == 0)
+    there = at < tl.where(tl.load(found_inf) == 0, size, 0)
     step_size, root_correction = tl.load(correction), tl.load(correction + 1)
     g = tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
     first = tl.load(exp_avg + at, mask=there, other=0.0).to(tl.float32)
