@@ -25,10 +25,13 @@ class Step:
     """One optimizer step of one rank, as `pipelines.loading.StepBatch` gives it."""
 
     micro_batches: list[PackedBatch]
-    sources: list[torch.Tensor]
-    """All rows are from one dataset, number 0."""
     tokens: int
     """Not counting padding."""
+
+    @property
+    def sources(self) -> list[torch.Tensor]:
+        """All rows are from one dataset, number 0."""
+        return [torch.zeros(len(batch.token_ids), dtype=torch.int64) for batch in self.micro_batches]
 
 
 def document_lengths(rng: np.random.Generator, tokens: int, shortest: int, longest: int) -> list[int]:
@@ -80,8 +83,7 @@ def make_steps(
         batches = [_batch(config, mine[i : i + micro_batch], length, rng) for i in range(0, len(mine), micro_batch)]
         if pin:
             batches = [batch.pin_memory() for batch in batches]
-        sources = [torch.zeros(len(batch.token_ids), dtype=torch.int64) for batch in batches]
-        made.append(Step(batches, sources, sum(map(sum, mine))))
+        made.append(Step(batches, sum(map(sum, mine))))
     return made
 
 
