@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.pretrain.metrics import read_metrics
+from pipelines.pretrain.metrics import ROLL_BACK, read_metrics
 from pipelines.recipe import dump_recipe
 from pipelines.shards.dataset import Dataset
 from pipelines.shards.split import is_validation
 from tests.pipelines.corpora import VOCABULARY, random_row, write_unit
+from tests.pipelines.spiking import tell_spikes
 from tests.pipelines.training import ROOT, TINY, TWO_RANKS, losses_of, run_recipe, started, trained
 
 _SHARE = 0.2
@@ -34,18 +35,25 @@ def _dataset(folder: Path, held_out: int) -> Dataset:
 
 
 @pytest.mark.slow
-def test_a_rank_without_anything_to_validate_on_does_not_hang(tmp_path: Path) -> None:
+def test_two_ranks_go_back_together_and_validate_where_one_has_nothing_to_validate_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, none = _dataset(tmp_path / "one", 1), _dataset(tmp_path / "none", 0)
     model = TINY["model"] | {"dropout": 0.0}
-    base = run_recipe(one, tmp_path / "two", steps=4, model=model, batch={"sequences": 8, "micro_batch": 2})
+    base = run_recipe(one, tmp_path / "two", steps=8, model=model, batch={"sequences": 8, "micro_batch": 2})
     values = base.model_dump(mode="json")
     values["data"] |= {"dataset": "", "mixture": [{"dataset": one.uri, "weight": 3.0}, {"dataset": none.uri}]}
     values["validation"] |= {"every": 2}
+    values["faults"] |= {"spikes": "roll_back", "spike_sigmas": 1000.0}
     recipe = type(base).model_validate(values)
-    process = started(recipe, tmp_path, *TWO_RANKS)
+    spikes = "from tests.pipelines.spiking import tell_spikes; tell_spikes([6], 8)"
+    process = started(recipe, tmp_path, *TWO_RANKS, before=spikes)
     _, said = process.communicate(timeout=200)
     assert process.returncode == 0, said.decode()
+    tell_spikes([6], 8, monkeypatch.setattr)
     alone = trained(type(base).model_validate(values | {"output": str(tmp_path / "alone")})).folder
+    back = [read_metrics(folder / "metrics.jsonl", ROLL_BACK) for folder in (tmp_path / "two", alone)]
+    assert [[(r["spike"], r["to"], r["batches"]) for r in each] for each in back] == [[(6, 4, 2)]] * 2
     for kind in ("train", "validation"):
         for ours, theirs in zip(
             *(read_metrics(folder / "metrics.jsonl", kind) for folder in (tmp_path / "two", alone)), strict=True
@@ -56,7 +64,7 @@ def test_a_rank_without_anything_to_validate_on_does_not_hang(tmp_path: Path) ->
                     found = ours["datasets"][name][modality]
                     assert found == (loss if loss is None else pytest.approx(loss, rel=1e-5))
     validations = read_metrics(tmp_path / "two/metrics.jsonl", "validation")
-    assert [r["step"] for r in validations] == [2, 4]
+    assert [r["step"] for r in validations] == [2, 4, 6, 8]
     assert validations[0]["datasets"]["one"]["text"] == pytest.approx(validations[0]["loss"]["text"])
     assert validations[0]["datasets"]["none"]["text"] is None
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from pipelines.loading import Loader
-from pipelines.pretrain import faults, loop
+from pipelines.pretrain import loop
 from pipelines.pretrain.checkpoint import list_checkpoints
 from pipelines.pretrain.inventory import summary
 from pipelines.pretrain.metrics import ROLL_BACK, read_metrics
 from pipelines.pretrain.recipe import PretrainRecipe
 from pipelines.pretrain.run import RunError
 from pipelines.shards.dataset import Dataset
+from tests.pipelines.spiking import tell_spikes
 from tests.pipelines.training import losses_of, run_recipe, torch_weights, trained
 
 SEQUENCES = 4
@@ -39,16 +40,7 @@ def _recipe(dataset: Dataset, output: Path, **more: Any) -> PretrainRecipe:
 def spikes(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Batches, from 1 on, whose losses are told too high."""
     chosen: set[int] = set()
-    compute = loop.forward_backward
-
-    def told(model: Any, batch: Any, *more: Any) -> Any:
-        losses = compute(model, batch, *more)
-        if sum(batch.after.taken.values()) // SEQUENCES in chosen:
-            losses.sums.mul_(1e6)
-        return losses
-
-    monkeypatch.setattr(loop, "forward_backward", told)
-    monkeypatch.setattr(faults, "_LEARNING", 2)
+    tell_spikes(chosen, SEQUENCES, monkeypatch.setattr)
     return chosen
 
 

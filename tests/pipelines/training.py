@@ -66,10 +66,15 @@ def trained(recipe: PretrainRecipe) -> RunResult:
     return run(recipe, SILENT)
 
 
-def started(recipe: PretrainRecipe, folder: Path, *launcher: str) -> subprocess.Popen[bytes]:
+def started(recipe: PretrainRecipe, folder: Path, *launcher: str, before: str = "pass") -> subprocess.Popen[bytes]:
+    """A run in processes of its own.
+
+    Args:
+        before: what they do first.
+    """
     file = folder / "recipe-of-the-test.yaml"
     file.write_text(dump_recipe(recipe))
-    code = "import sys; from pipelines.pretrain import main; main(sys.argv[1])"
+    code = f"import sys; {before}; from pipelines.pretrain import main; main(sys.argv[1])"
     script = folder / "train.py"
     script.write_text(code)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
