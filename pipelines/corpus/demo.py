@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -92,7 +92,8 @@ def prepare(
     if not captioned:
         spoken = ", ".join(f"{name} ({count})" for name, count in sorted(languages(source).items()))
         raise CorpusError(f"no stamp has a written and a spoken caption in {language!r}; there are {spoken}")
-    chosen = spread(captioned, stamps)
+    names = set(spread((stamp.name for stamp in captioned), stamps))
+    chosen = [stamp for stamp in captioned if stamp.name in names]
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as here:
         made = Path(here, "new")
@@ -134,18 +135,17 @@ def languages(source: Path) -> Counter[str]:
     return Counter(match[1] or "en" for match in names if match)
 
 
-def spread(stamps: list[Stamp], count: int) -> list[Stamp]:
-    """So many stamps, each category in proportion, by name; which ones is fixed by their names."""
-    categories: dict[str, list[Stamp]] = defaultdict(list)
-    for stamp in stamps:
-        categories[stamp.name.split("/")[0]].append(stamp)
-    ranked: list[tuple[float, Stamp]] = []
+def spread(names: Iterable[str], count: int) -> list[str]:
+    """So many names such as `animals/duck`, each first folder in proportion, sorted; which ones is fixed by the names."""
+    categories: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        categories[name.split("/")[0]].append(name)
+    ranked: list[tuple[float, str]] = []
     for members in categories.values():
         # Neighbours by name are alike (coins, letters), so they are shuffled.
-        members.sort(key=lambda stamp: hashlib.blake2b(stamp.name.encode()).digest())
-        ranked += [((rank + 0.5) / len(members), stamp) for rank, stamp in enumerate(members)]
-    ranked.sort(key=lambda item: (item[0], item[1].name))
-    return sorted((stamp for _, stamp in ranked[:count]), key=lambda stamp: stamp.name)
+        members.sort(key=lambda name: hashlib.blake2b(name.encode()).digest())
+        ranked += [((rank + 0.5) / len(members), name) for rank, name in enumerate(members)]
+    return sorted(name for _, name in sorted(ranked)[:count])
 
 
 def manual_sections(text: str) -> Iterator[dict[str, str]]:
