@@ -141,9 +141,11 @@ def pretrain_cost(recipes: Sequence[PretrainRecipe], cluster: ClusterRecipe) -> 
 
 
 def tokenize_workers(recipe: TokenizeRecipe, cluster: ClusterRecipe) -> int:
-    """Workers that fit a node."""
-    settings = recipe.cluster
-    fit = int(cluster.tasks * cluster.cpus_per_task / settings.cpus_per_worker)
-    if settings.gpus_per_worker:
-        fit = min(fit, int(cluster.gpus_per_node / settings.gpus_per_worker))
-    return max(1, fit)
+    """Workers that fit the nodes; of those beside GPUs for sources without media there may be more."""
+    settings, total = recipe.cluster, 0
+    for group in cluster.all_groups:
+        fit = int(group.cpus / settings.cpus_per_worker)
+        if settings.gpus_per_worker:
+            fit = min(fit, int(group.gpus_per_node / settings.gpus_per_worker))
+        total += group.nodes * fit
+    return max(1, total)

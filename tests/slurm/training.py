@@ -76,7 +76,8 @@ def await_(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
 
 def job_state(cluster: Cluster, job: JobHandle) -> str:
     """As the controller says it, such as RUNNING."""
-    return cluster.run("squeue", "-h", "-j", job.id, "-t", "all", "-o", "%T").strip()
+    # Of nodes of several kinds each has a line; the first counts.
+    return cluster.run("squeue", "-h", "-j", job.id, "-t", "all", "-o", "%T").partition("\n")[0].strip()
 
 
 def await_end(cluster: Cluster, job: JobHandle, timeout_s: float = 420) -> str:
