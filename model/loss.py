@@ -71,7 +71,7 @@ class TokenScores(NamedTuple):
     losses: Tensor
     """Negative log likelihood in nats, float32 (float64 for a float64 model), 0 in padded slots."""
     ranks: Tensor
-    """int64: how many tokens of the modality are likelier than the target; 0 is a right guess."""
+    """int64: how many tokens of the modality are likelier than the target, or as likely and before it; 0 is a right guess."""
     confidences: Tensor
     """Probability of the likeliest token, of the type of the losses."""
 
@@ -95,7 +95,11 @@ def target_scores(hidden: Tensor, targets: Targets, weight: Tensor, chunk_tokens
     for logits, ids in _chunks(hidden, targets, weight, chunk_tokens):
         losses.append(_losses(logits, ids))
         wide = _wide(logits)
-        ranks.append((wide > wide.gather(-1, ids.clamp(min=0)[:, None])).sum(-1))
+        chosen = ids.clamp(min=0)[:, None]
+        own = wide.gather(-1, chosen)
+        # Of equals, which bfloat16 has many of, the first is taken, as argmax does: else a target would win every tie.
+        earlier = torch.arange(wide.shape[-1], device=wide.device) < chosen
+        ranks.append(((wide > own) | ((wide == own) & earlier)).sum(-1))
         confidences.append((wide.amax(-1) - wide.logsumexp(-1)).exp())
     return TokenScores(torch.cat(losses), torch.cat(ranks), torch.cat(confidences))
 

@@ -152,14 +152,19 @@ def _checkpoint(generator: Generator) -> dict[str, Any]:
     weight = generator.model.modality_embedding.weight
     return {
         "path": generator.name,
-        "step": generator.about.get("step"),
-        "tokens": generator.about.get("tokens"),
+        "step": _count(generator.about.get("step")),
+        "tokens": _count(generator.about.get("tokens")),
         "parameters": generator.model.config.num_parameters(),
         "context": generator.model.config.max_sequence_length,
         "fingerprint": generator.vocabulary.fingerprint,
         "device": weight.device.type,
         "precision": str(weight.dtype).removeprefix("torch."),
     }
+
+
+def _count(told: Any) -> int | None:
+    """A number that a checkpoint tells of itself, if it is one."""
+    return told if isinstance(told, int) and not isinstance(told, bool) else None
 
 
 def _remarks(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -397,13 +398,21 @@ def test_the_command_prints_tables_or_json_and_writes_the_page(
 def test_a_checkpoint_that_is_none_is_refused(dataset: Dataset, checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no exported model here"):
         evaluate(tmp_path, dataset.uri)
-    import shutil
-
     copy = shutil.copytree(checkpoint, tmp_path / "run")
     weights = copy / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"model.safetensors is truncated or changed"):
         evaluate(copy, dataset.uri)
+
+
+def test_what_a_checkpoint_tells_of_itself_is_taken_for_a_number_only_if_it_is_one(
+    checkpoint: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "run")
+    file = copy / "model/braid.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"step": "[red]<b>seven", "tokens": True}))
+    told = evaluate(copy, dataset.uri, limit=2, generate=False, device="cpu").figures["checkpoint"]
+    assert (told["step"], told["tokens"]) == (None, None)
 
 
 def test_hostile_texts_do_not_become_markup(found: Evaluation, tmp_path: Path) -> None:
