@@ -21,6 +21,12 @@ _LOCAL = {"tmpfs", "ramfs", "overlay", "devtmpfs"}
 """File systems that no second machine can see."""
 
 
+ENDED_BADLY = frozenset(
+    {"BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
+)
+"""States of jobs that nothing that depends on them comes after."""
+
+
 class SubmissionError(ValueError):
     """A job that the cluster would refuse or that could not start there; the message lists every fault."""
 
@@ -53,6 +59,40 @@ def check(recipe: ClusterRecipe, folder: Path) -> None:
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise SubmissionError(f"{count} of the cluster recipe:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def check_dependencies(jobs: Iterable[str]) -> None:
+    """Look at the jobs that must have ended well before another one starts.
+
+    Raises:
+        SubmissionError: one has ended otherwise, so the other would never start, or is not known.
+    """
+    for job in jobs:
+        states = _states(job)
+        if not states:
+            raise SubmissionError(f"after = {job}: neither the queue nor the accounting knows it; see braid jobs list")
+        if ended := sorted(states & ENDED_BADLY):
+            raise SubmissionError(
+                f"after = {job}: it has ended as {ended[0]}, so this one would never start; first `braid jobs resume {job}`, "
+                "and name the job that this gives"
+            )
+
+
+def _states(job: str) -> set[str]:
+    """Of a job, or of the jobs of an array; of one that was queued again only the newest."""
+    try:
+        if found := run("squeue", "-h", "-a", "-r", "-t", "all", "-j", job, "-o", "%T").split():
+            return set(found)
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            raise
+    try:
+        lines = run("sacct", "-X", "-n", "-P", "-j", job, "--format=State").splitlines()
+    except SlurmError as error:
+        if "accounting storage is disabled" not in str(error):
+            raise
+        return set()
+    return {line.partition(" ")[0] for line in lines}
 
 
 def check_script(script: Path) -> None:

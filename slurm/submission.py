@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from slurm import code
-from slurm.checks import SubmissionError, check, check_script
+from slurm.checks import SubmissionError, check, check_dependencies, check_script
 from slurm.commands import SlurmError, outside_of_any_job
 from slurm.context import FOLDER_VARIABLE, write_record
 from slurm.entry import Entry
@@ -102,6 +102,8 @@ def submit_many(
         archive: the code of an earlier job; None takes that of this moment.
     """
     folder = folder.absolute()
+    after = tuple(after)
+    check_dependencies(after)
     check(cluster, next(p for p in folder.parents if p.exists()))
     made = _make_folder(folder)
     try:

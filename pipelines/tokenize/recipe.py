@@ -116,8 +116,8 @@ class TokenizeRecipe(Settings):
     """Share of the documents that may be quarantined before the job fails."""
     units: UnitSettings = UnitSettings()
     workers: int | None = Field(None, ge=1)
-    """Worker processes at most; as many as the machine or the cluster has places for by default. More than that wait for
-    nodes that an autoscaler may add."""
+    """Worker processes at most, of those with a GPU where there are such; as many as the machine or the cluster has places
+    for by default. More than that wait for nodes that an autoscaler may add."""
     cluster: ClusterSettings = ClusterSettings()
     threads: int = Field(1, ge=1)
     """Threads of each worker. Codes may differ in the last place between thread counts, so it is pinned."""
