@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from model.cache import CacheError, KeyValueCache
     from model.config import MODALITIES, ConfigError, UnifiedTransformerConfig
     from model.fused import BlockBackendError
-    from model.loss import LossOutput
+    from model.loss import LossOutput, TokenScores
     from model.rope import RotaryPositionalEmbeddings
     from model.transformer import TokenError, UnifiedTransformer
 
@@ -36,6 +36,7 @@ __all__ = [
     "RotaryPositionalEmbeddings",
     "Targets",
     "TokenError",
+    "TokenScores",
     "TransformerBlock",
     "UnifiedTransformer",
     "UnifiedTransformerConfig",
@@ -53,6 +54,7 @@ _HOMES = {
     "FeedForward": "block",
     "KeyValueCache": "cache",
     "LossOutput": "loss",
+    "TokenScores": "loss",
     "PackedBatch": "batch",
     "RotaryPositionalEmbeddings": "rope",
     "Targets": "batch",

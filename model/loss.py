@@ -12,7 +12,7 @@ Shapes: C targets, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -67,6 +67,17 @@ def coefficients_of(
     return numbers / (scale or 1.0)
 
 
+class TokenScores(NamedTuple):
+    """What a model says of each target, [C] in the order of `PackedBatch.targets`; of padded slots it says nothing."""
+
+    losses: Tensor
+    """Negative log likelihood in nats, float32 (float64 for a float64 model), 0 in padded slots."""
+    ranks: Tensor
+    """int64: how many tokens of the modality are likelier than the target, or as likely and before it; 0 is a right guess."""
+    confidences: Tensor
+    """Probability of the likeliest token, of the type of the losses."""
+
+
 def target_losses(hidden: Tensor, targets: Targets, weight: Tensor, chunk_tokens: int) -> Tensor:
     """Negative log likelihood of each target, never holding more than `chunk_tokens` rows of logits.
 
@@ -77,17 +88,37 @@ def target_losses(hidden: Tensor, targets: Targets, weight: Tensor, chunk_tokens
     Returns:
         [C], float32 (float64 for a float64 model), 0 where there is no target.
     """
+    return torch.cat([_losses(logits, ids) for logits, ids in _chunks(hidden, targets, weight, chunk_tokens)])
+
+
+def target_scores(hidden: Tensor, targets: Targets, weight: Tensor, chunk_tokens: int) -> TokenScores:
+    """`target_losses`, and beside them how good the model's first guesses are; the same arguments."""
+    losses, ranks, confidences = [], [], []
+    for logits, ids in _chunks(hidden, targets, weight, chunk_tokens):
+        losses.append(_losses(logits, ids))
+        wide = _wide(logits)
+        chosen = ids.clamp(min=0)[:, None]
+        own = wide.gather(-1, chosen)
+        # Of equals, which bfloat16 has many of, the first is taken, as argmax does: else a target would win every tie.
+        earlier = torch.arange(wide.shape[-1], device=wide.device) < chosen
+        ranks.append(((wide > own) | ((wide == own) & earlier)).sum(-1))
+        confidences.append((wide.amax(-1) - wide.logsumexp(-1)).exp())
+    return TokenScores(torch.cat(losses), torch.cat(ranks), torch.cat(confidences))
+
+
+def _chunks(hidden: Tensor, targets: Targets, weight: Tensor, chunk_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and target ids of so many targets at a time; the logits are overwritten by the next ones."""
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     buffer = logits_buffer(hidden, weight, min(chunk_tokens, len(targets.ids)))
-    chunks = [
-        _losses(logits_of(hidden.index_select(0, positions), weight, buffer), ids)
-        for positions, ids in zip(targets.positions.split(chunk_tokens), targets.ids.split(chunk_tokens), strict=True)
-    ]
-    return torch.cat(chunks)
+    for positions, ids in zip(targets.positions.split(chunk_tokens), targets.ids.split(chunk_tokens), strict=True):
+        yield logits_of(hidden.index_select(0, positions), weight, buffer), ids
 
 
 def _losses(logits: Tensor, ids: Tensor) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(logits, ids, ignore_index=IGNORE_INDEX, reduction="none")
+    return torch.nn.functional.cross_entropy(_wide(logits), ids, ignore_index=IGNORE_INDEX, reduction="none")
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -25,7 +25,7 @@ from model.embedding import embed
 from model.fused import runs_fused
 from model.heads import head_losses
 from model.initialization import initialize
-from model.loss import LossOutput, coefficients_of, target_losses
+from model.loss import LossOutput, TokenScores, coefficients_of, target_losses, target_scores
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +253,15 @@ class UnifiedTransformer(nn.Module):
         hidden = self._predicting(batch)
         return {
             name: target_losses(hidden, batch.targets[name], self.head_weight(name), self.config.loss_chunk_tokens)
+            for name in MODALITIES
+        }
+
+    @torch.no_grad()
+    def token_scores(self, batch: PackedBatch) -> dict[str, TokenScores]:
+        """`token_losses`, and with each loss the target's rank and the model's confidence."""
+        hidden = self._predicting(batch)
+        return {
+            name: target_scores(hidden, batch.targets[name], self.head_weight(name), self.config.loss_chunk_tokens)
             for name in MODALITIES
         }
 

@@ -42,7 +42,8 @@ def main() -> None:
     console = Console(highlight=False)
     began = time.monotonic()
     out: Path = arguments.out
-    tokens, rows, run, generated, page = (out / name for name in ("tokens", "rows", "run", "generated", "page.html"))
+    tokens, rows, run, generated = (out / name for name in ("tokens", "rows", "run", "generated"))
+    evaluation, page = out / "evaluation.html", out / "page.html"
 
     _title(console, "1  Raw data: pictures, captions, voices, and a handbook")
     corpus = prepare(
@@ -67,7 +68,10 @@ def main() -> None:
         _generate(console, run, prompt, generated, "--want", "image", "--want", "audio")
     for prompt in TEXT_PROMPTS:
         _generate(console, run, prompt, generated, "--want", "text", "--max-tokens", "40")
-    _title(console, "7  One page of it all")
+    _title(console, "7  How good it is on documents that it has not seen")
+    measured = ["--limit", "24", "--samples", "4", "--html", str(evaluation)]
+    _braid(console, "evaluate", str(run), str(tokens), *measured)
+    _title(console, "8  One page of it all")
     inputs = ["--dataset", str(tokens), "--generated", str(generated), *(f"--row={row}" for row in shown)]
     _braid(console, "report", str(run), *inputs, "--title", "The demo", "--out", str(page))
 
@@ -75,6 +79,7 @@ def main() -> None:
     _title(console, f"Done in {minutes} min {seconds} s")
     for path, what in {
         page: "open this: what went in, losses, what came out",
+        evaluation: "and this: figures beside their baselines",
         corpus: "the raw corpus",
         tokens: "the token dataset",
         rows: "rows of it, decoded back",

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from pipelines.cli import datasets, inspection, jobs, pipeline, runs, tokenizers, training
+from pipelines.cli import datasets, evaluation, inspection, jobs, pipeline, runs, tokenizers, training
 from pipelines.cli.options import err
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for group in (datasets.app, inspection.app, training.app):
+for group in (datasets.app, inspection.app, training.app, evaluation.app):
     app.add_typer(group)
 app.add_typer(datasets.quarantine_app, name="quarantine")
 app.add_typer(tokenizers.app, name="tokenizer")

@@ -138,16 +138,17 @@ class Index:
 
     def split(self, *, validation: bool) -> Index:
         """The index of one split alone."""
-        return self._only(self.validation == validation)
+        return self.only(self.validation == validation)
 
     def _distinct(self) -> Index:
         """The index without documents whose content another one has."""
         copy = copies(self.dataset.storage, self.blocks)
         rows = np.array([block.rows for block in self.blocks], np.int64)
         document = (np.cumsum(rows) - rows)[self.block] + self.row
-        return replace(self._only(~copy[document]), duplicates=int(np.count_nonzero(copy)))
+        return replace(self.only(~copy[document]), duplicates=int(np.count_nonzero(copy)))
 
-    def _only(self, keep: Bools) -> Index:
+    def only(self, keep: Bools) -> Index:
+        """The index of some pieces alone, bool [pieces]."""
         names = ("block", "row", "start", "length", "ends", "validation")
         return replace(self, **{name: getattr(self, name)[keep] for name in names})
 

@@ -62,19 +62,19 @@ def bar_chart(
     key: str,
     title: str,
     description: str,
-    bins: Sequence[Bin],
+    bins: Sequence[tuple[int, int, float]],
     *,
     x_label: str,
     y_label: str,
     tone: str = "",
-    other: Sequence[Bin] = (),
+    other: Sequence[tuple[int, int, float]] = (),
     label: Callable[[int], str] = "{:,}".format,
 ) -> Markup:
     """Bars of equal width, one a bin.
 
     Args:
         key: unique on the page.
-        bins: at least one.
+        bins: at least one: smallest and largest value, and a count, or any other height from 0 on.
         other: a second histogram with the same edges, drawn as an outline over the first.
         label: how a value is written under the x axis.
     """
@@ -82,12 +82,12 @@ def bar_chart(
     step = (WIDTH - _LEFT - _RIGHT) / len(bins)
     base = HEIGHT - _BOTTOM
 
-    def height(count: int) -> float:
+    def height(count: float) -> float:
         return count / top[-1] * (base - _TOP)
 
     parts: list[Markup] = []
     for tick in top:
-        y = round(base - height(tick), 1)  # type: ignore[arg-type]
+        y = round(base - height(tick), 1)
         parts.append(tag("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=y, y2=y, class_="grid"))
         parts.append(tag("text", short(tick), x=_LEFT - 7, y=round(y + 3.5, 1), class_="tick end"))
     gap = 1.5 if step > 5 else 0.5
@@ -110,7 +110,7 @@ def bar_chart(
     return svg(key, title, description, parts, (WIDTH, HEIGHT), f"chart {tone}")
 
 
-def _x_labels(bins: Sequence[Bin], step: float, label: Callable[[int], str]) -> list[Markup]:
+def _x_labels(bins: Sequence[tuple[int, int, float]], step: float, label: Callable[[int], str]) -> list[Markup]:
     """Under the middle of bins of one value; at the border where a wider bin begins."""
     single = all(low == high for low, high, _ in bins)
     # Powers of two are where a scale of ratios is read most easily.

@@ -57,16 +57,17 @@ def _span(span: DecodedSpan, raw: DecodedSpan | None, about: str) -> Markup:
     if span.text is not None:
         return prose(span.text)
     if span.pixels is not None:
-        made = _picture(span.pixels, "from tokens", f"Picture decoded from the tokens of: {about}")
+        made = picture(span.pixels, "from tokens", f"Picture decoded from the tokens of: {about}")
         if raw is None or raw.pixels is None:
             return tag("div", made, class_="pair one")
-        first = _picture(raw.pixels, "original", f"Original picture of: {about}")
+        first = picture(raw.pixels, "original", f"Original picture of: {about}")
         return tag("div", first, made, class_="pair")
-    made = _sound(span, "from tokens", f"Sound decoded from the tokens of: {about}")
-    return join([_sound(raw, "original", f"Original sound of: {about}") if raw is not None else None, made])
+    made = player(span, "from tokens", f"Sound decoded from the tokens of: {about}")
+    return join([player(raw, "original", f"Original sound of: {about}") if raw is not None else None, made])
 
 
-def _picture(pixels: NDArray[np.uint8], name: str, alternative: str) -> Markup:
+def picture(pixels: NDArray[np.uint8], name: str, alternative: str) -> Markup:
+    """A picture, uint8 [H, W, 3], with its name below."""
     image = tag(
         "img",
         src=data_uri("image/webp", webp(pixels)),
@@ -88,17 +89,18 @@ def webp(pixels: NDArray[np.uint8]) -> bytes:
     return sink.getvalue()
 
 
-def _sound(span: DecodedSpan, name: str, label: str) -> Markup:
+def player(span: DecodedSpan, name: str, label: str) -> Markup:
+    """A sound with its name, length, waveform and controls."""
     assert span.waveform is not None
     rate = span.sample_rate_hz
     whole = len(span.waveform) / rate
     heard = span.waveform[: int(_LONGEST_SOUND_S * rate)]
     said = f"{whole:.1f} s" if whole <= _LONGEST_SOUND_S else f"first {_LONGEST_SOUND_S:.0f} of {whole:.1f} s"
-    player = tag(
+    controls = tag(
         "audio", controls=True, preload="metadata", src=data_uri("audio/flac", flac(heard, rate)), aria_label=label
     )
     head = tag("span", name, class_="side")
-    return tag("div", head, tag("span", said, class_="length"), waveform(heard, rate) if len(heard) else None, player,
+    return tag("div", head, tag("span", said, class_="length"), waveform(heard, rate) if len(heard) else None, controls,
                class_="sound")  # fmt: skip
 
 

@@ -36,6 +36,30 @@ def test_a_documents_loss_does_not_change_when_its_neighbour_does(use_rope: bool
     assert before != after
 
 
+def test_scores_are_the_losses_and_where_the_target_stands_among_all_tokens() -> None:
+    model = UnifiedTransformer(tiny_config(), seed=0).double()
+    batch = PackedBatch.from_sequences(random_rows([[6, 9, 5], [12]]), capacity=40)
+    scores, losses = model.token_scores(batch), model.token_losses(batch)
+    hidden = model._predicting(batch).detach()
+    for name in MODALITIES:
+        targets = batch.targets[name]
+        assert torch.equal(scores[name].losses, losses[name])
+        p = torch.softmax(hidden[targets.positions] @ model.head_weight(name).detach().T, -1)
+        for i in range(targets.count):
+            order = torch.argsort(-p[i], stable=True).tolist()
+            assert scores[name].ranks[i] == order.index(int(targets.ids[i]))
+            assert float(scores[name].confidences[i]) == pytest.approx(float(p[i].max()))
+
+
+def test_of_equal_logits_the_first_is_taken_for_the_likeliest() -> None:
+    model = UnifiedTransformer(tiny_config(tie_text_embeddings=False), seed=0)
+    torch.nn.init.zeros_(model.heads["text"].weight)  # type: ignore[arg-type]
+    batch = PackedBatch.from_sequences(random_rows([[9, 9]]))
+    targets = batch.targets["text"]
+    assert targets.count
+    assert torch.equal(model.token_scores(batch)["text"].ranks, targets.ids)
+
+
 def test_no_gradient_crosses_a_document_boundary() -> None:
     model = UnifiedTransformer(tiny_config(), seed=0).double()
     batch = PackedBatch.from_sequences(random_rows([[6, 9]]))

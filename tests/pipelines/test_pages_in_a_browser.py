@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 import soundfile
 
+from model import UnifiedTransformer, UnifiedTransformerConfig
 from pipelines.decode import DecodedSpan
+from pipelines.evaluate import evaluate
+from pipelines.evaluate.page import write_evaluation_page
+from pipelines.generate import Generator
 from pipelines.report.difference import Side, compare
 from pipelines.report.difference_page import write_difference_page
 from pipelines.report.page import write_page
@@ -21,6 +25,7 @@ from pipelines.report.stats_page import write_stats_page
 from pipelines.sequence import Modality
 from pipelines.shards.dataset import Dataset
 from pipelines.show import ShownRow, show
+from pipelines.tokenize.tokenizers import Tokenizers
 from tests.pipelines.jobs import run_units
 from tests.pipelines.test_page import write_run
 from tests.pipelines.tiny import tiny_recipe
@@ -31,7 +36,7 @@ pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium here; on Debian: apt-get install --no-install-recommends chromium"
 )
 
-PAGES = ("stats", "difference", "run")
+PAGES = ("stats", "evaluation", "difference", "run")
 
 _BROKEN = """() => [
     ...[...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.alt),
@@ -50,7 +55,7 @@ _OVERFLOWING = """() => [...document.querySelectorAll('body *')].filter(e => {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All pages: of a dataset, of two of its versions, and of a run with hostile texts."""
+    """All pages: of a dataset, of two of its versions, of a model on it, and of a run with hostile texts."""
     folder = tmp_path_factory.mktemp("pages")
     recipe = tiny_recipe(folder, "tokenizers.audio.max_frames=110")
     (folder / "stamps" / "s003.png").write_bytes(b"no picture")
@@ -61,6 +66,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_stats_page(folder / "stats.html", dataset, samples=12)
     first = Side.of(Dataset.open(dataset.uri, 5))
     write_difference_page(folder / "difference.html", compare(first, Side.of(dataset)))
+    sizes = {f"{m.label}_vocab_size": dataset.vocabulary.size(m) for m in Modality}
+    small = {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "ffn_hidden_size": 16, "device": "cpu"}
+    config = UnifiedTransformerConfig(max_sequence_length=256, **sizes, **small)  # type: ignore[arg-type]
+    generator = Generator(UnifiedTransformer(config, seed=0), dataset.vocabulary, Tokenizers.load(recipe), name="tiny")
+    write_evaluation_page(folder / "evaluation.html", evaluate(generator, dataset.uri, split="train", samples=4))
     hostile = "<img src=http://evil.example/x.png onerror=console.error(1)>" * 9
     row = ShownRow(
         row_id=hostile,

@@ -1,0 +1,473 @@
+"""`braid evaluate`: its losses are validation's, its figures those of brute force, its refusals clear."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from model import UnifiedTransformer, UnifiedTransformerConfig
+from pipelines.cli import app
+from pipelines.evaluate import EvaluateError, Evaluation, evaluate
+from pipelines.evaluate.bootstrap import interval
+from pipelines.evaluate.distances import edit_distance, mel_distance, pixel_distance, thumbnail
+from pipelines.evaluate.documents import Split
+from pipelines.evaluate.evaluation import SCHEMA
+from pipelines.evaluate.page import write_evaluation_page
+from pipelines.evaluate.scoring import Scorer
+from pipelines.generate import Generator
+from pipelines.loading import Index, Loader
+from pipelines.pretrain.baseline import unigram_cross_entropy
+from pipelines.pretrain.checkpoint import CheckpointError
+from pipelines.pretrain.export import export_model
+from pipelines.pretrain.parallelize import join_ranks
+from pipelines.pretrain.validate import CrossEntropy, Validator
+from pipelines.sequence import Modality, Vocabulary, VocabularyError
+from pipelines.shards.dataset import Dataset
+from pipelines.tokenize.recipe import TokenizeRecipe
+from pipelines.tokenize.tokenizers import Tokenizers
+from tests.pipelines import tiny
+from tests.pipelines.jobs import run_units
+
+CONTEXT = 200
+SCHEMA_FILE = Path(__file__).parents[2] / "docs/evaluate.schema.json"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluate")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> TokenizeRecipe:
+    recipe = tiny.tiny_recipe(folder, "tokenizers.audio.max_frames=70", "validation_share=0.5")
+    for number, sound in enumerate(sorted((folder / "stamps").glob("*.wav"))):
+        # A headless Chromium does not play what is shorter than some tenths of a second.
+        soundfile.write(sound, np.sin(np.arange(5000) / (9 + number)).astype(np.float32), 8000)
+    # A document that is cut: longer than the context.
+    (folder / "lines.jsonl").open("a").write(
+        "".join(json.dumps({"text": f"the quick dog {n} " * 60}) + "\n" for n in range(4))
+    )
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def dataset(recipe: TokenizeRecipe) -> Dataset:
+    return run_units(recipe)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(recipe: TokenizeRecipe) -> Tokenizers:
+    return Tokenizers.load(recipe)
+
+
+def _model(vocabulary: Vocabulary, **changes: Any) -> UnifiedTransformer:
+    sizes = {f"{m.label}_vocab_size": max(1, vocabulary.size(m)) for m in Modality}
+    settings = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 64, "device": "cpu"}
+    config = UnifiedTransformerConfig(**(sizes | settings | {"max_sequence_length": CONTEXT} | changes))
+    return UnifiedTransformer(replace(config, initializer_std=0.3), seed=1)
+
+
+@pytest.fixture(scope="module")
+def generator(dataset: Dataset, tokenizers: Tokenizers) -> Generator:
+    return Generator(_model(dataset.vocabulary), dataset.vocabulary, tokenizers, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(dataset: Dataset, recipe: TokenizeRecipe, folder: Path) -> Path:
+    about = {"step": 7, "tokens": 700, "tokenizers": recipe.tokenizers.model_dump(mode="json")}
+    with join_ranks("cpu") as ranks:
+        export_model(folder / "run/model", _model(dataset.vocabulary), dataset.vocabulary, about, ranks)  # type: ignore[arg-type]
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def found(generator: Generator, dataset: Dataset) -> Evaluation:
+    return evaluate(generator, dataset.uri, samples=3)
+
+
+def _validation(generator: Generator, dataset: Dataset) -> tuple[CrossEntropy, CrossEntropy]:
+    """Loss and baseline as a run reports them."""
+    index = Index.build(dataset, CONTEXT).split(validation=True)
+    loader = Loader(index, sequences=2, micro_batch=2, seed=0, window_tokens=4000, endless=False, prefetch=0, workers=0)
+    with join_ranks("cpu") as ranks:
+        validator = Validator(loader, dataset.vocabulary, ranks)
+        loss = validator.evaluate(generator.model)
+    return loss, unigram_cross_entropy(dataset.statistics(), validator.counts, dataset.vocabulary)
+
+
+def test_losses_and_unigram_are_those_that_validation_reports(
+    generator: Generator, dataset: Dataset, found: Evaluation
+) -> None:
+    loss, baseline = _validation(generator, dataset)
+    assert dict(found.cross_entropy.items()) == pytest.approx(dict(loss.items()), rel=1e-6)
+    for name, value in baseline.items():
+        modality, _, codebook = name.partition("/")
+        told = found.figures["modalities"][modality]
+        told = told["codebooks"][int(codebook)] if codebook else told
+        assert told["unigram"]["loss"] == pytest.approx(value, rel=1e-12)
+
+
+def test_every_figure_of_a_modality_equals_brute_force_in_float64(
+    dataset: Dataset, tokenizers: Tokenizers, generator: Generator
+) -> None:
+    model, v = _model(dataset.vocabulary).double(), dataset.vocabulary
+    exact = Generator(model, v, tokenizers, name="exact")
+    told = evaluate(exact, dataset.uri, generate=False).figures["modalities"]
+    sums = {m: [0.0, 0, 0, 0] for m in Modality}
+    pieces = size = images = 0.0
+    frames = 0
+    for document in Split.open(dataset.uri, v, context=CONTEXT, whose="exact"):
+        ids, kinds = (torch.tensor(x).long() for x in (document.sequence.token_ids, document.sequence.modality_ids))
+        special = torch.ones(len(ids), dtype=torch.bool)
+        for span in document.sequence.spans:
+            special[span.start : span.start + span.length] = False
+        for start, stop in zip(document.bounds[:-1], document.bounds[1:], strict=True):
+            with torch.no_grad():
+                hidden = model.hidden_states(ids[None, start:stop], kinds[None, start:stop])[0]
+            for t in range(start, min(stop, len(ids) - 1)):
+                modality = Modality(int(kinds[t + 1]))
+                logits = hidden[t - start] @ model.head_weight(modality.label).detach().T
+                p = torch.softmax(logits, -1)
+                order = torch.argsort(-logits).tolist()
+                one = sums[modality]
+                loss = -math.log(float(p[ids[t + 1]]))
+                one[0] += loss
+                one[1] += 1
+                one[2] += int(order[0] == int(ids[t + 1]))
+                one[3] += int(int(ids[t + 1]) in order[:5])
+                pieces += loss * (modality is Modality.TEXT and not special[t + 1])
+        for span in document.sequence.spans:
+            codes = document.sequence.token_ids[span.start : span.start + span.length]
+            if span.modality is Modality.TEXT:
+                size += len(tokenizers.text.decode(codes).encode())
+            images += span.modality is Modality.IMAGE
+            frames += span.rows if span.modality is Modality.AUDIO else 0
+    for modality, (loss, count, first, of_5) in sums.items():
+        one = told[modality.label]
+        assert one["targets"] == count
+        assert one["loss"] == pytest.approx(loss / count, rel=1e-6)
+        assert one["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-5)
+        assert one["accuracy"] == {"1": first / count, "5": of_5 / count}
+        assert one["loss_interval"][0] < one["loss"] < one["loss_interval"][1]
+    assert told["text"]["bits"]["value"] == pytest.approx(pieces / math.log(2) / size, rel=1e-6)
+    assert told["image"]["bits"]["value"] == pytest.approx(sums[Modality.IMAGE][0] / math.log(2) / images, rel=1e-6)
+    seconds = frames / 100
+    assert told["audio"]["bits"]["units"] == pytest.approx(seconds)
+    assert told["audio"]["bits"]["value"] == pytest.approx(sums[Modality.AUDIO][0] / math.log(2) / seconds, rel=1e-6)
+
+
+def test_bins_of_confidence_and_position_add_up_to_the_whole(found: Evaluation) -> None:
+    for name, told in found.figures["modalities"].items():
+        bins = found.figures["reliability"][name]
+        targets = sum(b["targets"] for b in bins)
+        assert targets == told["targets"]
+        assert sum(b["targets"] * b["accuracy"] for b in bins) / targets == pytest.approx(told["accuracy"]["1"])
+        error = sum(b["targets"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / targets
+        assert error == pytest.approx(told["calibration_error"])
+        assert all(b["low"] <= b["confidence"] <= b["high"] + 1e-6 for b in bins)
+    for name in ("image", "audio"):
+        told, bins = found.figures["modalities"][name], found.figures["positions"][name]
+        for whole, part in ((told["loss"], "loss"), (told["unigram"]["loss"], "unigram")):
+            mean = sum(b["targets"] * b[part] for b in bins) / told["targets"]
+            assert mean == pytest.approx(whole, rel=1e-6)
+    assert [b["low"] for b in found.figures["positions"]["image"]] == list(range(16))
+
+
+def test_gain_is_the_difference_of_losses_of_the_same_tokens(
+    generator: Generator, dataset: Dataset, found: Evaluation
+) -> None:
+    gains = {(g["given"], g["predicted"]): g for g in found.figures["gain"]}
+    assert len(gains) == 6
+    for entry in gains.values():
+        for name, key in (("over_shuffled", "shuffled"), ("over_without", "without")):
+            gain = entry["gain"][name]
+            assert gain["nats"] == pytest.approx(entry["loss"][key] - entry["loss"]["own"], abs=1e-9)
+            assert gain["interval"][0] <= gain["nats"] <= gain["interval"][1]
+    # Without a partner the picture follows `<|document|>`, so its loss does not depend on what the partner would be.
+    assert gains["text", "image"]["loss"]["without"] == gains["audio", "image"]["loss"]["without"]
+
+
+def test_a_model_that_sees_one_token_alone_gains_nothing(dataset: Dataset, tokenizers: Tokenizers) -> None:
+    model = _model(dataset.vocabulary)
+    for block in model.blocks:
+        for parameter in block.attention.parameters():  # type: ignore[union-attr]
+            torch.nn.init.zeros_(parameter)
+    found = evaluate(Generator(model, dataset.vocabulary, tokenizers), dataset.uri, generate=False)
+    media = [entry for entry in found.figures["gain"] if entry["predicted"] != "text"]
+    assert len(media) == 4
+    for entry in media:
+        # The tokens that open a picture or a sound stand between it and its partner.
+        assert entry["gain"]["over_shuffled"]["nats"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_figures_are_as_the_schema_says_and_equal_every_time(
+    generator: Generator, dataset: Dataset, found: Evaluation
+) -> None:
+    schema = json.loads(SCHEMA_FILE.read_text())
+    assert schema["properties"]["schema"]["const"] == SCHEMA
+    jsonschema.Draft202012Validator.check_schema(schema)
+    figures = json.loads(json.dumps(found.figures, allow_nan=False))
+    jsonschema.validate(figures, schema)
+    assert figures.keys() == schema["properties"].keys()
+    assert evaluate(generator, dataset.uri, samples=3).figures == found.figures
+    plain = evaluate(generator, dataset.uri, generate=False).figures
+    jsonschema.validate(plain, schema)
+    assert plain == found.figures | {name: plain[name] for name in ("generation", "sampling", "remarks")}
+
+
+def test_what_is_generated_is_measured_against_its_own_and_another_reference(found: Evaluation) -> None:
+    told = {(g["given"], g["predicted"]): g for g in found.figures["generation"]}
+    assert set(told) == {("text", "image"), ("text", "audio"), ("image", "text"), ("audio", "text")}
+    picture = told["text", "image"]
+    assert picture["samples"] == 3
+    assert picture["originals_missing"] is None
+    assert 0 < picture["pixel_distance"]["reconstruction"] < 1
+    assert picture["code_distance"]["reconstruction"] == 0
+    assert 0 <= picture["code_distance"]["own"] <= 1
+    assert picture["nearest"]["codes"]["chance"] == pytest.approx(1 / 3)
+    assert told["text", "audio"]["mel_distance_db"]["own"] > 0
+    assert told["image", "text"]["exact"]["reconstruction"] == 1
+    for shown in found.shown:
+        assert shown.generated.modality is shown.reconstruction.modality is shown.direction[1]
+        if shown.direction[1] is not Modality.TEXT:
+            assert shown.original is not None
+    sounds = [s.generated.waveform for s in found.shown if s.direction == (Modality.TEXT, Modality.AUDIO)]
+    assert len({len(sound) for sound in sounds if sound is not None}) > 1, "a voice takes the time that it wants"
+    pictures = [s for s in found.shown if s.direction == (Modality.TEXT, Modality.IMAGE)]
+    mean = np.mean([s.told["pixel distance"] for s in pictures])
+    assert mean == pytest.approx(picture["pixel_distance"]["own"])
+    again = [
+        pixel_distance(thumbnail(s.generated.pixels), thumbnail(s.reconstruction.pixels))  # type: ignore[arg-type]
+        for s in pictures
+    ]
+    assert mean == pytest.approx(np.mean(again))
+
+
+def test_a_limit_draws_documents_by_the_seed(dataset: Dataset) -> None:
+    def numbers(limit: int | None, seed: int) -> list[int]:
+        split = Split.open(dataset.uri, dataset.vocabulary, context=CONTEXT, whose="x", limit=limit, seed=seed)
+        found = [document.number for document in split]
+        assert len(found) == split.documents
+        return found
+
+    everything = numbers(None, 0)
+    assert numbers(5, 1) == numbers(5, 1)
+    assert len({tuple(numbers(5, seed)) for seed in range(5)}) > 1
+    assert len(numbers(5, 1)) == 5
+    assert set(numbers(5, 1)) < set(everything)
+    assert numbers(10_000, 1) == everything
+
+
+def test_the_two_splits_are_all_documents(dataset: Dataset) -> None:
+    splits = [
+        Split.open(dataset.uri, dataset.vocabulary, context=CONTEXT, whose="x", split=name)
+        for name in ("validation", "train")
+    ]
+    found = sorted(document.number for split in splits for document in split)
+    assert found == list(range(dataset.statistics().documents))
+    assert sum(split.tokens for split in splits) == dataset.statistics().tokens()
+
+
+def test_the_loss_of_a_document_does_not_depend_on_its_company(generator: Generator, dataset: Dataset) -> None:
+    documents = list(Split.open(dataset.uri, dataset.vocabulary, context=CONTEXT, whose="x"))
+    assert any(len(document.bounds) > 2 for document in documents)
+    scorer = Scorer(generator.model, dataset.vocabulary.end)
+    together = [scores for _, scores in scorer.documents(documents)]
+    for document, scores in zip(documents, together, strict=True):
+        [alone] = scorer.score([(document.sequence, document.bounds)])
+        np.testing.assert_allclose(alone.losses, scores.losses, rtol=1e-4, atol=1e-5)
+        assert scores.losses[0] == 0
+        assert (scores.losses[1:] > 0).all()
+
+
+def test_a_checkpoint_of_the_first_codebooks_is_evaluated_on_a_view(
+    dataset: Dataset, tokenizers: Tokenizers, recipe: TokenizeRecipe
+) -> None:
+    from pipelines.tokenizers.encodec import AudioTokenizer
+
+    assert recipe.tokenizers.audio
+    fewer = dataset.vocabulary.first_codebooks(1)
+    audio = AudioTokenizer.load(recipe.tokenizers.audio.checkpoint, n_q=1)
+    view = Generator(_model(fewer), fewer, replace(tokenizers, audio=audio))
+    told = evaluate(view, dataset.uri, generate=False).figures["modalities"]["audio"]
+    assert len(told["codebooks"]) == 1
+    assert told["codebooks"][0]["loss"] == told["loss"]
+
+
+def test_another_vocabulary_is_refused_naming_what_differs(
+    tokenizers: Tokenizers, dataset: Dataset, tmp_path: Path
+) -> None:
+    from pipelines.tokenizers.vqgan import ImageTokenizer
+
+    image = ImageTokenizer.load(tiny.image_tokenizer(tmp_path / "image", seed=9))
+    other = replace(dataset.vocabulary, image_sha256=image.sha256)
+    generator = Generator(_model(other), other, replace(tokenizers, image=image), name="runs/other")
+    with pytest.raises(VocabularyError, match=r"(?s)runs/other and dataset .*image_sha256"):
+        evaluate(generator, dataset.uri)
+
+
+def test_a_checkpoint_without_a_modality_of_the_dataset_is_refused(tokenizers: Tokenizers, dataset: Dataset) -> None:
+    preprocessing = {k: v for k, v in dataset.vocabulary.preprocessing.items() if k != "audio"}
+    silent = replace(
+        dataset.vocabulary, audio_codebook_size=0, audio_codebooks=0, audio_sha256="", preprocessing=preprocessing
+    )
+    generator = Generator(_model(silent), silent, replace(tokenizers, audio=None), name="runs/mute")
+    with pytest.raises(VocabularyError, match=r"audio_codebooks: 0, 2"):
+        evaluate(generator, dataset.uri)
+
+
+def test_a_split_without_documents_is_refused_with_the_remedy(
+    generator: Generator, recipe: TokenizeRecipe, folder: Path
+) -> None:
+    empty = recipe.model_copy(update={"dataset": str(folder / "none"), "validation_share": 0.0})
+    run_units(empty)
+    with pytest.raises(
+        EvaluateError, match=r"no document in the validation split \(validation_share is 0\).*--split train"
+    ):
+        evaluate(generator, empty.dataset)
+
+
+def test_a_modality_that_no_document_has_is_told_and_not_measured(
+    generator: Generator, recipe: TokenizeRecipe, folder: Path
+) -> None:
+    texts = recipe.model_copy(update={"dataset": str(folder / "texts"), "sources": recipe.sources[1:]})
+    run_units(texts)
+    found = evaluate(generator, texts.dataset)
+    assert found.figures["modalities"]["image"] is None
+    assert found.figures["gain"] == found.figures["generation"] == found.shown == []
+    assert "image: no document here has any, so it is not measured" in found.figures["remarks"]
+    jsonschema.validate(found.figures, json.loads(SCHEMA_FILE.read_text()))
+
+
+def test_spans_that_a_checkpoint_cannot_take_are_refused(dataset: Dataset, tokenizers: Tokenizers) -> None:
+    short = Generator(_model(dataset.vocabulary, max_sequence_length=50), dataset.vocabulary, tokenizers, name="short")
+    with pytest.raises(EvaluateError, match=r"short takes at most 50 tokens at once.*a media span needs"):
+        evaluate(short, dataset.uri)
+
+
+def test_a_diverged_model_is_refused(dataset: Dataset, tokenizers: Tokenizers) -> None:
+    model = _model(dataset.vocabulary)
+    model.final_norm.weight.data.fill_(torch.nan)
+    with pytest.raises(EvaluateError, match="NaN or infinity"):
+        evaluate(Generator(model, dataset.vocabulary, tokenizers), dataset.uri)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "test"}, "split is 'test': choose validation or train"),
+        ({"limit": 0}, "limit is 0"),
+        ({"samples": 1}, "samples is 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    generator: Generator, dataset: Dataset, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(EvaluateError, match=message):
+        evaluate(generator, dataset.uri, **settings)
+
+
+def test_the_command_prints_tables_or_json_and_writes_the_page(
+    checkpoint: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    arguments = ["evaluate", str(checkpoint), dataset.uri, "--limit", "12", "--samples", "2", "--device", "cpu"]
+    page = tmp_path / "page.html"
+    told = CliRunner().invoke(app, [*arguments, "--json", "--html", str(page)], catch_exceptions=False)
+    figures = json.loads(told.stdout)
+    jsonschema.validate(figures, json.loads(SCHEMA_FILE.read_text()))
+    assert (figures["documents"], figures["checkpoint"]["step"]) == (12, 7)
+    assert page.stat().st_size > 10_000
+    shown = CliRunner().invoke(app, [*arguments, "--no-generate"], catch_exceptions=False, env={"COLUMNS": "200"})
+    assert f"{figures['modalities']['image']['loss']:.3f}" in shown.stdout
+    assert "unigram" in shown.stdout
+
+
+def test_a_checkpoint_that_is_none_is_refused(dataset: Dataset, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no exported model here"):
+        evaluate(tmp_path, dataset.uri)
+    copy = shutil.copytree(checkpoint, tmp_path / "run")
+    weights = copy / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"model.safetensors is truncated or changed"):
+        evaluate(copy, dataset.uri)
+
+
+def test_what_a_checkpoint_tells_of_itself_is_taken_for_a_number_only_if_it_is_one(
+    checkpoint: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "run")
+    file = copy / "model/braid.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"step": "[red]<b>seven", "tokens": True}))
+    told = evaluate(copy, dataset.uri, limit=2, generate=False, device="cpu").figures["checkpoint"]
+    assert (told["step"], told["tokens"]) == (None, None)
+
+
+def test_hostile_texts_do_not_become_markup(found: Evaluation, tmp_path: Path) -> None:
+    hostile = "<img src=http://evil.example/x.png onerror=alert(1)>"
+    shown = [replace(s, given=replace(s.given, text=hostile)) for s in found.shown if s.given.text is not None]
+    page = write_evaluation_page(tmp_path / "page.html", replace(found, shown=shown)).read_text()
+    assert "<img src=http" not in page
+    assert "&lt;img src=http://evil.example" in page
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    random = np.random.default_rng(0)
+    held = 0
+    for trial in range(100):
+        counts = random.integers(1, 20, 80)
+        sums = counts * 3.0 + random.normal(0, 1, 80) * np.sqrt(counts)
+        bounds = interval(sums, counts, seed=trial)
+        assert bounds
+        held += bounds[0] <= 3.0 <= bounds[1]
+    assert 86 <= held <= 100
+    assert interval([1.0], seed=0) is None
+    assert interval([1.0, 2.0], [0, 5], seed=0) is None
+
+
+@given(st.text("ab ", max_size=7), st.text("ab ", max_size=7))
+def test_edit_distance_is_a_distance(a: str, b: str) -> None:
+    distance = edit_distance(a, b)
+    assert (distance == 0) == (a == b)
+    assert distance == edit_distance(b, a)
+    assert abs(len(a) - len(b)) / max(len(a), len(b), 1) <= distance <= 1
+
+
+def test_known_edit_distances() -> None:
+    assert edit_distance("kitten", "sitting") == pytest.approx(3 / 7)
+    assert edit_distance("", "abc") == 1
+
+
+def _warped(a: np.ndarray, b: np.ndarray) -> float:
+    """By the definition, cell by cell."""
+    cost = np.abs(a[:, None] - b[None]).mean(-1)
+    best: dict[tuple[int, int], tuple[float, int]] = {(-1, -1): (0.0, 0)}
+    for i in range(len(a)):
+        for j in range(len(b)):
+            before = min(
+                (best[p] for p in ((i - 1, j - 1), (i - 1, j), (i, j - 1)) if p in best), key=lambda found: found[0]
+            )
+            best[i, j] = before[0] + cost[i, j], before[1] + 1
+    total, steps = best[len(a) - 1, len(b) - 1]
+    return total / steps
+
+
+def test_mel_distance_is_that_of_the_best_alignment() -> None:
+    random = np.random.default_rng(0)
+    for rows, columns in [(1, 1), (1, 7), (6, 2), (9, 9), (12, 20)]:
+        a, b = random.normal(size=(rows, 5)), random.normal(size=(columns, 5))
+        assert mel_distance(a, b) == pytest.approx(_warped(a, b))
+    slow = np.repeat(random.normal(size=(10, 5)), 3, axis=0)
+    assert mel_distance(slow, slow[::3]) == 0
