@@ -37,11 +37,19 @@ class Losses:
     """int64 scalar: tokens that are not padding."""
 
 
-def forward_backward(model: ShardedTransformer, batch: StepBatch, weights: Mapping[str, float], ranks: Ranks) -> Losses:
+def forward_backward(
+    model: ShardedTransformer,
+    batch: StepBatch,
+    weights: Mapping[str, float],
+    ranks: Ranks,
+    *,
+    reshard_after_backward: bool = True,
+) -> Losses:
     """Add the gradients of a rank's share of the step, averaged over ranks by FSDP2 where it shards the model.
 
     Args:
         weights: of each modality's targets.
+        reshard_after_backward: see `ShardingSettings`; after the last micro-batch weights are always given up.
     """
     micro_batches = batch.micro_batches
     mine = [sum(b.targets[name].count for b in micro_batches) for name in MODALITIES]
@@ -52,7 +60,10 @@ def forward_backward(model: ShardedTransformer, batch: StepBatch, weights: Mappi
     for number, micro_batch in enumerate(micro_batches, start=1):
         # Gradients travel between ranks once a step.
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(number == len(micro_batches))
+            last = number == len(micro_batches)
+            model.set_requires_gradient_sync(last)
+            if not reshard_after_backward:
+                model.set_reshard_after_backward(last)
         loss = model.loss(micro_batch.to(ranks.device, non_blocking=True), weights=weights, denominators=denominators)
         loss.total.backward()
         sums += torch.stack([part[name] for part in (loss.sums, loss.squares) for name in MODALITIES]).view(2, -1)
