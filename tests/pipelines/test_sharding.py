@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from benchmarks.collectives import CountCollectives
 from benchmarks.exposed import exposed_ms
 from benchmarks.packed_workload import Step
+from benchmarks.scaling import table
 from model import PackedBatch, UnifiedTransformerConfig
 from pipelines.pretrain.communication import Links, predict, traffic, work_of
 from pipelines.pretrain.optimizer import make_optimizer
@@ -163,6 +164,11 @@ def test_more_gpus_more_waiting_and_copies_within_a_node_spare_the_network() -> 
     assert all(more > less for more, less in pairwise(found))
     node = predict(config, work, ranks=512, sharding=ShardingSettings(dp_shard=8), micro_batches=1)
     assert node.efficiency > found[-1]
+
+
+@pytest.mark.parametrize("name", ["pretrain/8b", "pretrain/1b"])
+def test_the_page_has_the_predictions_that_the_script_prints(name: str) -> None:
+    assert table(name) in (Path(__file__).parents[2] / "docs/scaling.md").read_text()
 
 
 def test_exposed_communication_is_what_nothing_else_overlaps() -> None:
