@@ -98,12 +98,7 @@ def executed_flops(config: UnifiedTransformerConfig, step: Step) -> float:
 def _batch(
     config: UnifiedTransformerConfig, rows: list[list[int]], length: int, rng: np.random.Generator
 ) -> PackedBatch:
-    B = len(rows)
-    modality_ids = np.zeros((B, length), np.int64)
-    positions = np.zeros((B, length), np.int64)
-    # 1 where the token is followed by another one of its document.
-    followed = np.zeros((B, length), bool)
-    starts: list[int] = []
+    modality_ids = np.zeros((len(rows), length), np.int64)
     for b, row in enumerate(rows):
         at = 0
         for document in row:
@@ -111,6 +106,27 @@ def _batch(
             image = round(document * SHARES["image"])
             modality_ids[b, at + text : at + text + image] = 1
             modality_ids[b, at + text + image : at + document] = 2
+            at += document
+    sizes = np.array([config.vocab_sizes[name] for name in MODALITIES])
+    return packed_batch(_tokens(modality_ids, sizes, rng), modality_ids, rows)
+
+
+def packed_batch(token_ids: np.ndarray, modality_ids: np.ndarray, rows: list[list[int]]) -> PackedBatch:
+    """A batch of documents that lie one after the other in each row.
+
+    Args:
+        token_ids: int64 [B, T].
+        modality_ids: int64 [B, T].
+        rows: lengths of the documents of each row; what is left of it is padding.
+    """
+    B, length = token_ids.shape
+    positions = np.zeros((B, length), np.int64)
+    # 1 where the token is followed by another one of its document.
+    followed = np.zeros((B, length), bool)
+    starts: list[int] = []
+    for b, row in enumerate(rows):
+        at = 0
+        for document in row:
             positions[b, at : at + document] = np.arange(document)
             followed[b, at : at + document - 1] = True
             starts.append(b * length + at)
@@ -118,8 +134,6 @@ def _batch(
         if at < length:
             positions[b, at:] = np.arange(length - at)
             starts.append(b * length + at)
-    sizes = np.array([config.vocab_sizes[name] for name in MODALITIES])
-    token_ids = _tokens(modality_ids, sizes, rng)
     cu_seqlens = np.full(B * (length // 256 + 2) + 1, B * length, np.int32) if length >= 256 else None
     if cu_seqlens is None or len(starts) >= len(cu_seqlens):
         cu_seqlens = np.full(len(starts) + 1, B * length, np.int32)
