@@ -86,13 +86,17 @@ def executed_flops(config: UnifiedTransformerConfig, step: Step) -> float:
     """Floating-point operations that a step really takes, padding included: attention inside documents only, causal, and each
     head at its targets only."""
     D, L = config.hidden_size, config.num_layers
-    total = 0.0
+    total = attention_flops(config, step)
     for batch in step.micro_batches:
-        starts = batch.cu_seqlens.double()
         total += 6 * batch.token_ids.numel() * L * (4 * D * D + 2 * D * config.ffn_hidden_size)
-        total += 6 * L * D * float((starts.diff() ** 2).sum())
         total += 6 * D * sum(len(batch.targets[name].ids) * config.vocab_sizes[name] for name in MODALITIES)
     return total
+
+
+def attention_flops(config: UnifiedTransformerConfig, step: Step) -> float:
+    """Of these, those of attention: queries and keys of one document, causal."""
+    pairs = sum(float((batch.cu_seqlens.double().diff() ** 2).sum()) for batch in step.micro_batches)
+    return 6 * config.num_layers * config.hidden_size * pairs
 
 
 def _batch(

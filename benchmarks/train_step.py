@@ -10,7 +10,7 @@ with it; its results are JSON lines, to the screen and to `--out`.
     step       tokens/s of whole optimizer steps, with a breakdown by kind of kernel
     variants   the same for other settings, from fewer micro-batches
     losses     loss curves of float32 and of leaner masters, gradients, moments and products, side by side
-    peers      transformers' GPT-NeoX and plain PyTorch at the same dimensions
+    peers      transformers' GPT-NeoX, litgpt and torchtitan at the same dimensions (benchmarks/training/peers.py)
 
 `--quick` runs all of it on tiny dimensions, on any machine.
 """
@@ -140,10 +140,16 @@ def summary(out: Path) -> None:
         elif r.get("error"):
             print(f"{r['section']:<10}{r['what']:<44}ERROR {r['error'][:200]}")
     timed = [r for r in records(out) if "tokens_per_s" in r]
-    speeds = {r["section"]: r["tokens_per_s"] for r in timed if r["section"] in ("step", "peers")}
-    if len(speeds) == 2:
-        checked = "gradients against float64 in the section check; the peer has one head, and no packed documents"
-        close([result("training step", speeds["step"], speeds["peers"], "tokens/s", checked=checked)])
+    ours = [r["tokens_per_s"] for r in timed if r["section"] == "step"]
+    checked = "gradients against float64 in the section check; the peer has one head, and no packed documents"
+    peers = [r for r in timed if r["section"] == "peers"]
+    if ours and peers:
+        close(
+            [
+                result(f"training step, against {r['what']}", ours[-1], r["tokens_per_s"], "tokens/s", checked=checked)
+                for r in peers
+            ]
+        )
 
 
 if __name__ == "__main__":

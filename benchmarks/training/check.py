@@ -57,12 +57,35 @@ def check(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
                         median_gradient=statistics.median(errors.values()),
                         grads=sorted(kinds),
                     )
+    if name == "sdpa" and device().type == "cuda":
+        with guarded(say, "model with sdpa by cuDNN"):
+            check_cudnn(say, config, here, expected)
     if name != ("varlen" if device().type == "cuda" else "sdpa"):
         return
     with guarded(say, "float8"):
         check_float8(say, config, here, expected)
     with guarded(say, "optimizer"):
         check_optimizer(say)
+
+
+def check_cudnn(
+    say: Callable[..., None], config: UnifiedTransformerConfig, batch: Any, expected: dict[str, Any]
+) -> None:
+    """Gradients with cuDNN's attention under the documents' mask, plain blocks; torch refuses where it cannot run."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    values = config.to_dict() | {"block_backend": "torch", "attention_backend": "sdpa"}
+    model = UnifiedTransformer(UnifiedTransformerConfig.from_dict(values), seed=0).to(device(), torch.bfloat16)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        output = model.loss(batch)
+        output.total.backward()
+    errors = {n: error_of(p.grad, expected[n]) for n, p in model.named_parameters()}
+    say(
+        "sdpa by cuDNN",
+        loss=float(output.total),
+        median_gradient=statistics.median(errors.values()),
+        worst=max(errors.values()),
+    )
 
 
 def check_float8(

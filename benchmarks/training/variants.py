@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.packed_workload import executed_flops, make_steps
+from benchmarks.packed_workload import attention_flops, executed_flops, make_steps
 from benchmarks.training.records import PEAK, between, config_of, device, peak_gib, record, rows_of, synchronize
 from benchmarks.training.trainer import fastest_attention, largest_micro_batch, train_step, trainer
 
@@ -61,5 +61,8 @@ def time_variant(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
             option["name"], tokens_per_s=round(speed), micro_batch=micro, attention=run.model.attention_backend,
             mfu_full=round(speed * config.flops_per_token(arguments.length) / PEAK, 4),
             executed_tflops=round(executed_flops(config, step) / a_step[0] / 1e9, 1),
+            # What longer documents cost more: tokens/s x GFLOP a token stays the same if nothing else is slower.
+            executed_gflop_a_token=round(executed_flops(config, step) / step.tokens / 1e9, 3),
+            attention_gflop_a_token=round(attention_flops(config, step) / step.tokens / 1e9, 3),
             phases_ms=[round(ms, 1) for ms in a_step], peak_gib=peak_gib(),
         )  # fmt: skip

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -141,17 +142,15 @@ def largest_difference(ours: Curve, theirs: Curve) -> float:
     )
 
 
-def losses(runs: Runs, worlds: list[int], settings: dict[str, dict[str, Any]]) -> list[tuple[str, float]]:
+def losses(runs: Runs, worlds: list[int], settings: dict[str, dict[str, Any]]) -> Iterator[tuple[str, float]]:
     """(what, largest difference from one process)."""
     alone = runs.run("alone", 1)
-    found = []
     for world in worlds:
         for setting, changes in settings.items():
             if world % changes.get("sharding", {}).get("dp_shard", 1):
                 continue
             name = f"{setting.replace(' ', '-')}-{world}"
-            found.append((f"{setting}, {world} ranks", largest_difference(runs.run(name, world, **changes), alone)))
-    return found
+            yield f"{setting}, {world} ranks", largest_difference(runs.run(name, world, **changes), alone)
 
 
 def resume(runs: Runs, ranks: int, setting: str) -> list[tuple[str, float]]:
