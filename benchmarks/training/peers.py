@@ -6,8 +6,8 @@ carry as wheels, with --no-deps (torch 2.11, Python 3.12):
 
     litgpt      litgpt 0.5.13, lightning 2.6.6, lightning-fabric 2.6.6, pytorch-lightning 2.6.6, lightning-utilities 0.15.3,
                 torchmetrics 1.9.0, jsonargparse 4.53.0, docstring-parser 0.18.0, typeguard 4.6.1, psutil
-    torchtitan  torchtitan 0.2.2 (0.3 has other names, and needs spmd-types 0.2.3), tyro 1.0.17, docstring-parser, typeguard;
-                it imports Triton
+    torchtitan  torchtitan 0.2.2 (0.3 has other names, and needs spmd-types 0.2.3), torchdata 0.11.0, einops 0.8.2,
+                tyro 1.0.17, docstring-parser, typeguard; it imports Triton
 
 torchtitan's block is Llama's: its feed-forward part has three matrices, whose size is set so that it multiplies as much.
 """
@@ -115,8 +115,8 @@ def torchtitan(ours: UnifiedTransformerConfig, length: int, compiled: bool) -> P
     )  # fmt: skip
     with torch.device(device()):
         model = Transformer(args).train()
-    model.init_weights()
-    model.to(device())
+        with torch.no_grad():
+            model.init_weights()
     _recompute(list(model.layers.values()), compiled)
     return model, lambda ids: _next_token_loss(model(ids), ids)
 
