@@ -147,6 +147,7 @@ def train(
     precision: str = "bf16",
 ) -> dict[str, Any]:
     """One run: curves by modality, what was reached on held-out documents, how large logits grew."""
+    from pipelines.pretrain.by_dataset import Datasets
     from pipelines.pretrain.optimizer import set_learning_rate
     from pipelines.pretrain.schedule import learning_rate_factor
     from pipelines.pretrain.step import clip_gradients, forward_backward
@@ -158,13 +159,20 @@ def train(
         loss_chunk_tokens=4096, block_backend="fused",
     )  # fmt: skip
     schedule: Any = SimpleNamespace(kind="cosine", minimum=0.1, warmup=lambda total: total // 10, decay=lambda total: 1)
+    datasets = Datasets(["documents"])
     curve: list[Any] = []
     norms: list[Any] = []
     validation: list[dict[str, Any]] = []
     every = max(1, len(steps) // 8)
     with trainer(config, learning_rate=choice["rate"], precision=precision) as run:
         for number, step in enumerate(steps):
-            told = forward_backward(run.model, step, WEIGHTS[choice["weights"]], run.ranks)  # type: ignore[arg-type]
+            told = forward_backward(
+                run.model,
+                step,  # type: ignore[arg-type]
+                WEIGHTS[choice["weights"]],
+                run.ranks,
+                datasets,
+            )
             norms.append(clip_gradients(run.model, 1.0))
             set_learning_rate(run.optimizer, choice["rate"] * learning_rate_factor(schedule, number, len(steps)))
             run.optimizer.step()

@@ -22,6 +22,7 @@ from benchmarks.collectives import CountCollectives
 from benchmarks.exposed import exposed_ms, read_trace
 from benchmarks.packed_workload import Step, executed_flops, make_steps
 from model import MODALITIES, UnifiedTransformerConfig
+from pipelines.pretrain.by_dataset import Datasets
 from pipelines.pretrain.communication import predict, traffic, work_of
 from pipelines.pretrain.optimizer import make_optimizer
 from pipelines.pretrain.parallelize import Ranks, build_model, join_ranks
@@ -76,6 +77,7 @@ class Trainer:
             batch,  # type: ignore[arg-type]
             self.recipe.loss_weights.model_dump(),
             self.ranks,
+            Datasets(["data"]),
             reshard_after_backward=self.recipe.sharding.reshard_after_backward,
         )
         clip_gradients(self.model, self.recipe.gradient_clip)

@@ -28,6 +28,11 @@ class Step:
     tokens: int
     """Not counting padding."""
 
+    @property
+    def sources(self) -> list[torch.Tensor]:
+        """All rows are from one dataset, number 0."""
+        return [torch.zeros(len(batch.token_ids), dtype=torch.int64) for batch in self.micro_batches]
+
 
 def document_lengths(rng: np.random.Generator, tokens: int, shortest: int, longest: int) -> list[int]:
     """Log-uniform lengths of about so many tokens in all."""

@@ -27,7 +27,9 @@ def head_losses(
     coefficients: Tensor,
     z_weight: float,
     chunk_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    groups: Tensor | None = None,
+    group_count: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss of all heads.
 
     Args:
@@ -36,15 +38,16 @@ def head_losses(
         weights: [V, D] each.
         coefficients: float32 at least, [heads]: what one target of each counts.
         z_weight: of the squared log-partition beside the negative log likelihood.
+        groups: int64 [T], the group of each position, below `group_count`; None is one group.
 
     Returns:
         The sum over heads and targets of coefficient x (nll + z_weight x log_partition^2), to differentiate; and without
-        gradient, by head, the sums of nll and of log_partition^2.
+        gradient, by head, the sums of nll and of log_partition^2, and by group and head the sums of nll.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weights = hidden.to(dtype), [weight.to(dtype) for weight in weights]
-    return _HeadLosses.apply(hidden, targets, coefficients, z_weight, chunk_tokens, *weights)
+    return _HeadLosses.apply(hidden, targets, coefficients, z_weight, chunk_tokens, groups, group_count, *weights)
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -56,11 +59,14 @@ class _HeadLosses(torch.autograd.Function):
         coefficients: Tensor,
         z_weight: float,
         chunk_tokens: int,
+        groups: Tensor | None,
+        group_count: int,
         *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         differentiate = any(ctx.needs_input_grad)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses, squares = torch.zeros(2, len(weights), dtype=wide, device=hidden.device)
+        by_group = torch.zeros(group_count, len(weights), dtype=wide, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if differentiate else None
         grads = [torch.zeros_like(weight, dtype=wide) if differentiate else None for weight in weights]
         for head, (target, weight) in enumerate(zip(targets, weights, strict=True)):
@@ -72,6 +78,9 @@ class _HeadLosses(torch.autograd.Function):
                 logits = logits_of(here, weight, buffer)
                 nll, log_partition = _softmax_loss_(logits, ids, coefficients[head], z_weight)
                 losses[head] += nll.sum()
+                if groups is not None:
+                    # Padded slots have the loss 0, so it does not matter whose they are.
+                    by_group[:, head].index_add_(0, groups.index_select(0, positions), nll.to(wide))
                 squares[head] += log_partition.square().sum()
                 grad_weight = grads[head]
                 if grad_hidden is not None and grad_weight is not None:
@@ -82,8 +91,10 @@ class _HeadLosses(torch.autograd.Function):
         ctx.save_for_backward(*weights)
         ctx.grad_hidden, ctx.grads = grad_hidden, grads
         total = (coefficients * (losses + z_weight * squares)).sum()
-        ctx.mark_non_differentiable(losses, squares)
-        return total, losses, squares
+        if groups is None:
+            by_group[0] = losses
+        ctx.mark_non_differentiable(losses, squares, by_group)
+        return total, losses, squares, by_group
 
     @staticmethod
     @once_differentiable
@@ -99,7 +110,7 @@ class _HeadLosses(torch.autograd.Function):
                 returned.append(None)
             else:
                 returned.append(grad.mul_(grad_total).to(weight.dtype))
-        return grad_hidden, *(None,) * 4, *returned
+        return grad_hidden, *(None,) * 6, *returned
 
 
 def _softmax_loss_(logits: Tensor, ids: Tensor, coefficient: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:

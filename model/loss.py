@@ -36,6 +36,8 @@ class LossOutput(NamedTuple):
     """Detached scalar: the part of `total` that is z-loss."""
     squares: dict[str, Tensor]
     """By modality, detached scalar: sum of the squared log-partitions of the targets' logits."""
+    group_sums: Tensor
+    """[groups, modalities], detached: `sums` by the caller's groups of rows; without any, all rows are one group."""
 
 
 def coefficients_of(

@@ -262,6 +262,8 @@ class UnifiedTransformer(nn.Module):
         *,
         weights: Mapping[str, float] | None = None,
         denominators: Mapping[str, float | Tensor] | None = None,
+        row_groups: Tensor | None = None,
+        group_count: int = 1,
     ) -> LossOutput:
         """The training loss; every parameter gets a gradient from it, whatever modalities the batch holds.
 
@@ -272,21 +274,25 @@ class UnifiedTransformer(nn.Module):
             weights: of each modality's targets, default 1.
             denominators: valid targets by modality in the whole optimizer step, over ranks and accumulated batches;
                 default those of this batch.
+            row_groups: int64 [B]: the group of each row, below `group_count`, for `group_sums`; None makes them one.
         """
         counts = {name: batch.targets[name].count for name in MODALITIES}
         hidden = self._predicting(batch)
         coefficients = coefficients_of(counts if denominators is None else denominators, weights, hidden)
-        total, losses, squares = head_losses(
+        groups = None if row_groups is None else row_groups.repeat_interleave(batch.token_ids.shape[1])
+        total, losses, squares, by_group = head_losses(
             hidden,
             [batch.targets[name] for name in MODALITIES],
             [self.head_weight(name) for name in MODALITIES],
             coefficients,
             self.config.z_loss_weight,
             self.config.loss_chunk_tokens,
+            groups,
+            group_count,
         )
         z_loss = self.config.z_loss_weight * (coefficients * squares).sum()
         sums, by_square = (dict(zip(MODALITIES, each.unbind(), strict=True)) for each in (losses, squares))
-        return LossOutput(total, sums, counts, z_loss, by_square)
+        return LossOutput(total, sums, counts, z_loss, by_square, by_group)
 
     @torch.no_grad()
     def attention_peaks(self, batch: PackedBatch) -> Tensor:

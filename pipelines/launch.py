@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 CODE = ("model", "pipelines", "slurm", "configs")
 """What the archive of a job holds."""
 
-ASSUMED_TFLOPS = 400
-"""Of one GPU, for estimates: about what an H100 does in bf16 on models of this kind."""
-
 PREFIX = "slurm."
 """Of overrides that are meant for the cluster recipe."""
 
@@ -117,33 +114,32 @@ def swept(recipe: str, overrides: Sequence[str], settings: Sequence[str]) -> lis
 
 
 def pretrain_cost(recipes: Sequence[PretrainRecipe], cluster: ClusterRecipe) -> str:
-    """What runs need, in two sentences: GPU-hours and bytes, from their recipes and datasets."""
-    from pipelines.pretrain.recipe import model_config
-    from pipelines.shards.dataset import Dataset
+    """What runs need, in some sentences: GPU-hours, memory and bytes, by the plan of each."""
+    from pipelines.pretrain.plan import config_of, h200_tflops, make_plan
 
-    flops = size = 0.0
+    gpus = max(1, cluster.nodes * cluster.gpus_per_node)
+    hours = memory = size = 0.0
     for recipe in recipes:
-        # All datasets of a mixture have one vocabulary.
-        first = recipe.data.parts[0]
-        vocabulary = recipe.data.view_of(Dataset.open(first.dataset, first.version).vocabulary)
-        parameters = model_config(recipe, vocabulary).num_parameters()
-        flops += 6 * parameters * recipe.total_steps * recipe.tokens_per_step
+        config, vocabularies = config_of(recipe)
+        plan = make_plan(recipe, config, gpus=gpus, tflops=h200_tflops(recipe.precision))
+        hours, memory = hours + plan.gpu_hours, max(memory, plan.memory_gib)
         # Weights and two moments in fp32; a checkpoint is written before the oldest goes. The exported model is weights.
-        size += parameters * (12 * (recipe.checkpoints.keep + 1) + 4)
-    hours = flops / (ASSUMED_TFLOPS * 1e12) / 3600
+        size += plan.parameters * (12 * (recipe.checkpoints.keep + 1) + 4)
     most = len(recipes) * cluster.gpu_hours
     allocation = f"{cluster.nodes} nodes of {cluster.gpus_per_node} GPUs for {cluster.time}"
     return (
-        f"About {hours:,.2g} GPU-hours at {ASSUMED_TFLOPS} TFLOP/s for {flops:,.2g} FLOP; one start uses at most {most:,.1f} "
-        f"({allocation}).\nAbout {size / 1e9:,.2g} GB on disk: {recipes[0].checkpoints.keep} checkpoints, one more while it "
-        "is written, and the model. Nothing was submitted."
+        f"About {hours:,.2g} GPU-hours on H200s, {memory:,.1f} GiB on each of {gpus}, with {vocabularies}; one start uses at "
+        f"most {most:,.1f} GPU-hours ({allocation}).\nAbout {size / 1e9:,.2g} GB on disk: {recipes[0].checkpoints.keep} "
+        "checkpoints, one more while it is written, and the model. Nothing was submitted."
     )
 
 
 def tokenize_workers(recipe: TokenizeRecipe, cluster: ClusterRecipe) -> int:
-    """Workers that fit a node."""
-    settings = recipe.cluster
-    fit = int(cluster.tasks * cluster.cpus_per_task / settings.cpus_per_worker)
-    if settings.gpus_per_worker:
-        fit = min(fit, int(cluster.gpus_per_node / settings.gpus_per_worker))
-    return max(1, fit)
+    """Workers that fit the nodes; of those beside GPUs for sources without media there may be more."""
+    settings, total = recipe.cluster, 0
+    for group in cluster.all_groups:
+        fit = int(group.cpus / settings.cpus_per_worker)
+        if settings.gpus_per_worker:
+            fit = min(fit, int(group.gpus_per_node / settings.gpus_per_worker))
+        total += group.nodes * fit
+    return max(1, total)

@@ -2,6 +2,7 @@
 
 settings     what a cluster recipe says
 checks       what is found wrong before anything is submitted
+groups       nodes of several kinds in one job
 submission   the job's folder, its script, `submit`
 code         the code as an archive in that folder, so that a requeue runs the same code
 entry        what each task does first on its node; `context` is what the callable may ask for: `requeue`, `LostRanksError`

@@ -10,15 +10,21 @@ import difflib
 import getpass
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from slurm.commands import SlurmError, fields, require, run
-from slurm.settings import ClusterRecipe, minutes
+from slurm.settings import ClusterRecipe, NodeGroup, minutes
 
 _LOCAL = {"tmpfs", "ramfs", "overlay", "devtmpfs"}
 """File systems that no second machine can see."""
+
+
+ENDED_BADLY = frozenset(
+    {"BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
+)
+"""States of jobs that nothing that depends on them comes after."""
 
 
 class SubmissionError(ValueError):
@@ -47,16 +53,46 @@ def check(recipe: ClusterRecipe, folder: Path) -> None:
         p["PartitionName"]: p for p in map(fields, run("scontrol", "show", "partition", "-o").splitlines()) if p
     }
     faults = [*_account_faults(recipe), *_python_faults(recipe), *_folder_faults(recipe, folder)]
-    name = recipe.partition or next((n for n, p in partitions.items() if p.get("Default") == "YES"), None)
-    if name is None:
-        faults.append(f"partition: the cluster has no default; name one of {_listed(partitions)}")
-    elif name not in partitions:
-        faults.append(f"partition = {name}: {_unknown(name, partitions)}")
-    else:
-        faults += _partition_faults(recipe, name, partitions[name])
+    for number, group in enumerate(recipe.all_groups):
+        place = f"groups.{number - 1}." if number else ""
+        faults += [f"{place}{fault}" for fault in _group_faults(recipe, group, partitions)]
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise SubmissionError(f"{count} of the cluster recipe:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def check_dependencies(jobs: Iterable[str]) -> None:
+    """Look at the jobs that must have ended well before another one starts.
+
+    Raises:
+        SubmissionError: one has ended otherwise, so the other would never start, or is not known.
+    """
+    for job in jobs:
+        states = _states(job)
+        if not states:
+            raise SubmissionError(f"after = {job}: neither the queue nor the accounting knows it; see braid jobs list")
+        if ended := sorted(states & ENDED_BADLY):
+            raise SubmissionError(
+                f"after = {job}: it has ended as {ended[0]}, so this one would never start; first `braid jobs resume {job}`, "
+                "and name the job that this gives"
+            )
+
+
+def _states(job: str) -> set[str]:
+    """Of a job, or of the jobs of an array; of one that was queued again only the newest."""
+    try:
+        if found := run("squeue", "-h", "-a", "-r", "-t", "all", "-j", job, "-o", "%T").split():
+            return set(found)
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            raise
+    try:
+        lines = run("sacct", "-X", "-n", "-P", "-j", job, "--format=State").splitlines()
+    except SlurmError as error:
+        if "accounting storage is disabled" not in str(error):
+            raise
+        return set()
+    return {line.partition(" ")[0] for line in lines}
 
 
 def check_script(script: Path) -> None:
@@ -118,7 +154,16 @@ def _file_system(path: Path) -> tuple[str, str]:
     return best
 
 
-def _partition_faults(recipe: ClusterRecipe, name: str, partition: dict[str, str]) -> list[str]:
+def _group_faults(recipe: ClusterRecipe, group: NodeGroup, partitions: Mapping[str, dict[str, str]]) -> list[str]:
+    name = group.partition or next((n for n, p in partitions.items() if p.get("Default") == "YES"), None)
+    if name is None:
+        return [f"partition: the cluster has no default; name one of {_listed(partitions)}"]
+    if name not in partitions:
+        return [f"partition = {name}: {_unknown(name, partitions)}"]
+    return [*_limit_faults(recipe, name, partitions[name]), *_size_faults(group, name, partitions[name])]
+
+
+def _limit_faults(recipe: ClusterRecipe, name: str, partition: dict[str, str]) -> list[str]:
     faults = []
     if partition.get("State") not in (None, "UP"):
         faults.append(f"partition = {name}: it is {partition['State']}; wait, or take another one")
@@ -130,23 +175,27 @@ def _partition_faults(recipe: ClusterRecipe, name: str, partition: dict[str, str
     allowed = partition.get("AllowAccounts", "ALL")
     if recipe.account and allowed != "ALL" and recipe.account not in allowed.split(","):
         faults.append(f"account = {recipe.account}: partition {name} allows {allowed}")
+    return faults
+
+
+def _size_faults(group: NodeGroup, name: str, partition: dict[str, str]) -> list[str]:
+    faults = []
     nodes = _nodes(name)
     most = partition.get("MaxNodes", "UNLIMITED")
     count = min(len(nodes), int(most)) if most.isdigit() else len(nodes)
-    if recipe.nodes > count:
-        faults.append(f"nodes = {recipe.nodes}: partition {name} gives at most {count}")
-    cpus, gpus = recipe.tasks * recipe.cpus_per_task, recipe.gpus_per_node
-    memory_mb = int((recipe.memory_gb or 0) * 1024)
+    if group.nodes > count:
+        faults.append(f"nodes = {group.nodes}: partition {name} gives at most {count}")
+    memory_mb = int((group.memory_gb or 0) * 1024)
     wants = (
-        ("gpus_per_node", gpus, [n.gpus for n in nodes], "GPUs"),
-        ("tasks_per_node x cpus_per_task", cpus, [n.cpus for n in nodes], "CPUs"),
+        ("gpus_per_node", group.gpus_per_node, [n.gpus for n in nodes], "GPUs"),
+        ("tasks_per_node x cpus_per_task", group.cpus, [n.cpus for n in nodes], "CPUs"),
         ("memory_gb", memory_mb, [n.memory_mb for n in nodes], "MB of memory"),
     )
     for key, wanted, there, what in wants:
-        largest, said = max(there, default=0), recipe.memory_gb if key == "memory_gb" else wanted
+        largest, said = max(there, default=0), group.memory_gb if key == "memory_gb" else wanted
         if wanted > largest:
             faults.append(f"{key} = {said}: no node of partition {name} has more than {largest} {what}")
-        elif (fitting := sum(has >= wanted for has in there)) < recipe.nodes <= count:
+        elif (fitting := sum(has >= wanted for has in there)) < group.nodes <= count:
             faults.append(f"{key} = {said}: only {fitting} nodes of partition {name} have so many {what}")
     return faults
 

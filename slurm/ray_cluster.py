@@ -118,7 +118,9 @@ def _without_head(task: JobContext, first: str, ended: Path) -> None:
     deadline = time.monotonic() + DEAD_NODE_S
     while time.monotonic() < deadline and not ended.exists():
         try:
-            nodes = rendezvous.hosts(commands.run("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%N").strip())
+            # A line for each group of nodes.
+            lists = commands.run("squeue", "-h", "-j", os.environ["SLURM_JOB_ID"], "-o", "%N").split()
+            nodes = rendezvous.hosts(",".join(lists))
             if first not in nodes:
                 print(f"braid: the node of the head, {first}, is lost: the job is queued again", flush=True)
                 commands.run("scontrol", "requeue", task.id)
@@ -135,7 +137,9 @@ def _without_head(task: JobContext, first: str, ended: Path) -> None:
 
 def _start(task: JobContext, *options: str) -> subprocess.Popen[bytes]:
     """Start Ray's processes of this node."""
-    cpus = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or "1"
+    # Where nodes are of several kinds, the first of these variables is that of the last kind on all of them.
+    alike = "SLURM_HET_SIZE" not in os.environ
+    cpus = (alike and os.environ.get("SLURM_CPUS_PER_TASK")) or os.environ.get("SLURM_CPUS_ON_NODE") or "1"
     visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     command = (
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"),

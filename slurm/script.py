@@ -45,7 +45,8 @@ _REQUEUE = """\
 braid_status=$?
 braid_id="${braid_attempt%-*}"
 braid_requeue() {
-  said="$(scontrol show job -o "$SLURM_JOB_ID")"
+  # Of a job with nodes of several kinds the first line is the one that counts.
+  said="$(scontrol show job -o "$SLURM_JOB_ID" | head -n 1)"
   case "$said" in *JobState=CANCELLED*) exit "$braid_status" ;; esac
   # For whoever asks later why it stopped: the controller forgets it.
   echo "$said BraidAsked=$(date +%s) BraidSignal=@SIGNAL@" >"controller-$braid_attempt.txt"

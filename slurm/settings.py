@@ -57,17 +57,11 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-class ClusterRecipe(_Section):
-    """Where and how a job runs."""
+class NodeGroup(_Section):
+    """Nodes of one kind."""
 
     partition: str | None = None
     """null is the cluster's default."""
-    account: str | None = None
-    """null is the user's default."""
-    qos: str | None = None
-    time: int | str = "1-00:00:00"
-    """The most that a job runs before it is stopped, saves and queues again: `minutes`, `hours:minutes:seconds` or
-    `days-hours:minutes:seconds`."""
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(0, ge=0)
     tasks_per_node: int | None = Field(None, ge=1)
@@ -75,6 +69,55 @@ class ClusterRecipe(_Section):
     cpus_per_task: int = Field(1, ge=1)
     memory_gb: float | None = Field(None, gt=0)
     """Of each node; null is the cluster's default."""
+    sbatch: dict[str, str | int | bool] = {}
+    """More options of sbatch, without dashes before them: `exclusive: true`, `constraint: ib`."""
+
+    @field_validator("sbatch")
+    @classmethod
+    def _sbatch(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        for name in value:
+            plain = name.lstrip("-").replace("_", "-")
+            if plain in _OURS:
+                raise ValueError(f"{name} has a key of its own here: write {_OURS[plain]}")
+            if plain in _FIXED:
+                raise ValueError(f"{name} is set by Braid; leave it out")
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", plain):
+                raise ValueError(f"{name!r} is no option of sbatch; write it without dashes before it")
+        return value
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of one node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def cpus(self) -> int:
+        """Of one node."""
+        return self.tasks * self.cpus_per_task
+
+    @property
+    def memory(self) -> str | None:
+        """Of one node, as sbatch reads it."""
+        return f"{int(self.memory_gb * 1024)}M" if self.memory_gb else None
+
+    @property
+    def options(self) -> dict[str, str | int | bool]:
+        """`sbatch`, as it is written there; a switch that is off is no option at all."""
+        named = {name.lstrip("-").replace("_", "-"): value for name, value in self.sbatch.items()}
+        return {name: value for name, value in named.items() if value is not False}
+
+
+class ClusterRecipe(NodeGroup):
+    """Where and how a job runs."""
+
+    account: str | None = None
+    """null is the user's default."""
+    qos: str | None = None
+    time: int | str = "1-00:00:00"
+    """The most that a job runs before it is stopped, saves and queues again: `minutes`, `hours:minutes:seconds` or
+    `days-hours:minutes:seconds`."""
+    groups: tuple[NodeGroup, ...] = ()
+    """More nodes of the same job, of other kinds, for tokenization: its first node is one of those above."""
     venv: str | None = None
     """A virtual environment that the nodes see; null is the Python that submits."""
     container: str | None = None
@@ -84,8 +127,6 @@ class ClusterRecipe(_Section):
     """Lines of shell that the job begins with, such as `module load cuda`."""
     environment: dict[str, str] = {}
     """Variables of the job, such as `NCCL_SOCKET_IFNAME`."""
-    sbatch: dict[str, str | int | bool] = {}
-    """More options of sbatch, without dashes before them: `exclusive: true`, `constraint: ib`."""
     srun: tuple[str, ...] = ()
     """More arguments of srun, with their dashes."""
     jobs: str | None = None
@@ -111,19 +152,6 @@ class ClusterRecipe(_Section):
                 raise ValueError(f"{name!r} is no name of a variable")
         return value
 
-    @field_validator("sbatch")
-    @classmethod
-    def _sbatch(cls, value: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
-        for name in value:
-            plain = name.lstrip("-").replace("_", "-")
-            if plain in _OURS:
-                raise ValueError(f"{name} has a key of its own here: write {_OURS[plain]}")
-            if plain in _FIXED:
-                raise ValueError(f"{name} is set by Braid; leave it out")
-            if not re.fullmatch(r"[a-z][a-z0-9-]*", plain):
-                raise ValueError(f"{name!r} is no option of sbatch; write it without dashes before it")
-        return value
-
     @model_validator(mode="after")
     def _limits(self) -> Self:
         if self.signal_before_s > minutes(self.time) * 60 / 2:
@@ -134,9 +162,14 @@ class ClusterRecipe(_Section):
         return self
 
     @property
-    def tasks(self) -> int:
-        """Tasks of one node."""
-        return self.tasks_per_node or max(1, self.gpus_per_node)
+    def whole_minutes(self) -> int:
+        """`time` as sbatch takes it; an odd second is given away."""
+        return max(1, int(minutes(self.time)))
+
+    @property
+    def all_groups(self) -> tuple[NodeGroup, ...]:
+        """The nodes of all kinds, those that the recipe itself describes first."""
+        return (self, *self.groups)
 
     @property
     def python(self) -> str:
@@ -157,7 +190,7 @@ class ClusterRecipe(_Section):
     @property
     def gpu_hours(self) -> float:
         """The most that one start can use."""
-        return self.nodes * self.gpus_per_node * minutes(self.time) / 60
+        return sum(group.nodes * group.gpus_per_node for group in self.all_groups) * minutes(self.time) / 60
 
 
 def minutes(time: int | str) -> float:

@@ -140,8 +140,15 @@ def _queue(choice: Iterable[str]) -> dict[str, _Record]:
         if "Invalid job id" in str(error):
             return {}
         raise
-    records = (dict(zip(keys, line.split("|", len(keys) - 1), strict=True)) for line in lines)
-    return {record["id"]: record for record in records}
+    found: dict[str, dict[str, str]] = {}
+    for record in (dict(zip(keys, line.split("|", len(keys) - 1), strict=True)) for line in lines):
+        # Of nodes of several kinds each has a record; the job is the one of the first.
+        record["id"], _, group = record["id"].partition("+")
+        if group in ("", "0"):
+            found[record["id"]] = record
+        elif record["id"] in found and record["nodes"] not in _NOWHERE:
+            found[record["id"]]["nodes"] += f",{record['nodes']}"
+    return dict(found)
 
 
 def _accounts(choice: Iterable[str]) -> dict[str, list[_Record]]:
@@ -153,15 +160,25 @@ def _accounts(choice: Iterable[str]) -> dict[str, list[_Record]]:
         if "accounting storage is disabled" in str(error):
             return {}
         raise
-    found: dict[str, list[_Record]] = defaultdict(list)
+    found: dict[str, list[dict[str, str]]] = defaultdict(list)
+    others: dict[tuple[str, str], list[str]] = defaultdict(list)
+    """Of nodes of several kinds: where the others were in each start."""
     for line in lines:
         record = dict(zip(keys, line.split("|", len(keys) - 1), strict=True))
         if "[" in record["id"]:
             # Those of an array that have not started; the queue names them one by one.
             continue
         record["state"] = record["state"].partition(" ")[0]
-        found[record["id"]].append(record)
-    return found
+        record["id"], _, group = record["id"].partition("+")
+        if group in ("", "0"):
+            found[record["id"]].append(record)
+        else:
+            others[record["id"], group].append(record["nodes"])
+    for (job_id, _), lists in sorted(others.items()):
+        for record, nodes in zip(found.get(job_id, ()), lists, strict=False):
+            if nodes not in _NOWHERE and record["nodes"] not in _NOWHERE:
+                record["nodes"] += f",{nodes}"
+    return {job_id: list[_Record](records) for job_id, records in found.items()}
 
 
 def _statuses(queue: Mapping[str, _Record], accounts: Mapping[str, list[_Record]]) -> list[JobStatus]:

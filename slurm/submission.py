@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from slurm import code
-from slurm.checks import SubmissionError, check, check_script
+from slurm.checks import SubmissionError, check, check_dependencies, check_script
 from slurm.commands import SlurmError, outside_of_any_job
 from slurm.context import FOLDER_VARIABLE, write_record
 from slurm.entry import Entry
+from slurm.groups import with_groups
 from slurm.script import after_the_tasks, before_the_tasks
-from slurm.settings import ClusterRecipe, minutes
+from slurm.settings import ClusterRecipe
 
 FORMAT = 1
 
@@ -101,6 +102,8 @@ def submit_many(
         archive: the code of an earlier job; None takes that of this moment.
     """
     folder = folder.absolute()
+    after = tuple(after)
+    check_dependencies(after)
     check(cluster, next(p for p in folder.parents if p.exists()))
     made = _make_folder(folder)
     try:
@@ -230,10 +233,7 @@ def _executor(task: Task, cluster: ClusterRecipe, folder: Path, after: Iterable[
         executor = submitit.SlurmExecutor.__new__(submitit.SlurmExecutor)
         submitit.core.core.PicklingExecutor.__init__(executor, folder)
     executor.python = cluster.python
-    more: dict[str, Any] = {name.lstrip("-").replace("_", "-"): value for name, value in cluster.sbatch.items()}
-    # A switch that is off is no option at all.
-    more = {name: value for name, value in more.items() if value is not False}
-    more |= {"chdir": str(folder), "requeue": True}
+    more: dict[str, Any] = {**cluster.options, "chdir": str(folder), "requeue": True}
     if dependencies := ":".join(after):
         more |= {"dependency": f"afterok:{dependencies}", "kill-on-invalid-dep": "yes"}
     arguments = ["--kill-on-bad-exit=1", *cluster.srun]
@@ -243,7 +243,9 @@ def _executor(task: Task, cluster: ClusterRecipe, folder: Path, after: Iterable[
         more["no-kill"] = True
         arguments = ["--kill-on-bad-exit=0", "--no-kill", "--wait=3", *cluster.srun]
         tasks_per_node = 1
-    cpus_per_task = cluster.cpus_per_task * cluster.tasks // tasks_per_node
+    elif cluster.groups:
+        raise SubmissionError("groups: nodes of several kinds are for tokenization; leave them out")
+    cpus_per_task = cluster.cpus // tasks_per_node
     # srun no longer takes it from sbatch (since 22.05), and would give each task one CPU.
     arguments.insert(0, f"--cpus-per-task={cpus_per_task}")
     parameters = {
@@ -251,13 +253,12 @@ def _executor(task: Task, cluster: ClusterRecipe, folder: Path, after: Iterable[
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
-        # sbatch takes whole minutes; an odd second is given away.
-        "time": max(1, int(minutes(cluster.time))),
+        "time": cluster.whole_minutes,
         "nodes": cluster.nodes,
         "ntasks_per_node": tasks_per_node,
         "gpus_per_node": cluster.gpus_per_node or None,
         "cpus_per_task": cpus_per_task,
-        "mem": f"{int(cluster.memory_gb * 1024)}M" if cluster.memory_gb else None,
+        "mem": cluster.memory,
         "signal_delay_s": cluster.signal_before_s,
         "stderr_to_stdout": True,
         "setup": before_the_tasks(cluster, folder, FOLDER_VARIABLE),
@@ -269,6 +270,9 @@ def _executor(task: Task, cluster: ClusterRecipe, folder: Path, after: Iterable[
     executor.parameters = {key: value for key, value in parameters.items() if value is not None or key == "wckey"}
     if at_once:
         executor.parameters["array_parallelism"] = at_once
+    if cluster.groups:
+        plain = executor._make_submission_file_text
+        executor._make_submission_file_text = lambda *arguments: with_groups(plain(*arguments), cluster, folder)
     return executor
 
 

@@ -38,10 +38,11 @@ def trainer(
 
 def train_step(run: SimpleNamespace, step: Step) -> tuple[Any, dict[str, Any]]:
     """One optimizer step as `pipelines.pretrain.loop` takes it; losses, and events between its phases."""
+    from pipelines.pretrain.by_dataset import Datasets
     from pipelines.pretrain.step import clip_gradients, forward_backward
 
     marks = [mark()]
-    losses = forward_backward(run.model, step, {}, run.ranks)
+    losses = forward_backward(run.model, step, {}, run.ranks, Datasets(["data"]))
     marks.append(mark())
     norm = clip_gradients(run.model, 1.0)
     marks.append(mark())

@@ -75,9 +75,10 @@ def _tokenize_on_cluster(
 
     show_recipe(resolved)
     say(launch.show([task], settings))
-    workers = resolved.workers or settings.nodes * launch.tokenize_workers(resolved, settings)
+    workers = resolved.workers or launch.tokenize_workers(resolved, settings)
     render(estimate(resolved), out, workers)
-    say(f"One start uses at most {settings.gpu_hours:,.1f} GPU-hours: {settings.nodes} nodes for {settings.time}.")
+    nodes = sum(group.nodes for group in settings.all_groups)
+    say(f"One start uses at most {settings.gpu_hours:,.1f} GPU-hours: {nodes} nodes for {settings.time}.")
 
 
 def _tokenize(recipe: str, overrides: list[str] | None, request: Request, *, dry_run: bool) -> None:

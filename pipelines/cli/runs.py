@@ -80,7 +80,7 @@ def list_runs(
 @runs_app.command()
 def show(run: Run, as_json: AsJson = False) -> None:
     """One run: how far it is, its losses beside token frequencies, its speed, its checkpoints."""
-    from pipelines.pretrain.inventory import checkpoints_of, checkpoints_table, runs_table, summary
+    from pipelines.pretrain.inventory import checkpoints_of, checkpoints_table, datasets_table, runs_table, summary
     from pipelines.report.losses import validation_table
     from pipelines.report.training import read_run
 
@@ -89,6 +89,8 @@ def show(run: Run, as_json: AsJson = False) -> None:
         out.print_json(json.dumps(told | {"checkpoints": checkpoints_of(run)}))
         return
     out.print(runs_table([told]))
+    if len(told["datasets"] or {}) > 1:
+        out.print(datasets_table(told["datasets"]))
     read = read_run(run)
     if read.last and read.baseline:
         out.print(validation_table(read.last.items(), read.baseline.items()))

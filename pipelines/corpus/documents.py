@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from pipelines.corpus.files import StoredBytes
 from pipelines.sequence import Ids, Modality
 
 
@@ -19,11 +20,20 @@ class RawSpan:
 
     modality: Modality
     text: str = ""
-    data: bytes = b""
+    data: bytes | StoredBytes = b""
     codes: Ids | None = None
     """What another job has tokenized already: text int32 [pieces], image [rows, columns], audio [frames, K], without
     offsets; None for what is still raw."""
     uri: str = ""
+
+    @property
+    def content(self) -> bytes:
+        """The bytes of a media file, read now if they are not in memory.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        return self.data if isinstance(self.data, bytes) else self.data.read()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +47,17 @@ class Document:
     spans: tuple[RawSpan, ...]
     language: str = ""
     """As the corpus tags it, such as `en` or `pt-BR`; empty where it does not."""
+
+    def loaded(self) -> Document:
+        """With the bytes of all media in memory.
+
+        Raises:
+            OSError: some cannot be read.
+        """
+        if not any(isinstance(span.data, StoredBytes) for span in self.spans):
+            return self
+        spans = (replace(s, data=s.content) if isinstance(s.data, StoredBytes) else s for s in self.spans)
+        return replace(self, spans=tuple(spans))
 
     @property
     def row_id(self) -> str:
@@ -112,7 +133,9 @@ def joined(spans: Iterable[RawSpan], separator: str = "\n") -> tuple[RawSpan, ..
 
 
 def _raw(span: RawSpan) -> bytes:
-    return span.data if span.codes is None else repr(span.codes.shape).encode() + span.codes.astype("<i4").tobytes()
+    if span.codes is not None:
+        return repr(span.codes.shape).encode() + span.codes.astype("<i4").tobytes()
+    return span.content
 
 
 def _digest(*parts: bytes) -> str:

@@ -170,6 +170,33 @@ def open_part(part: str, buffering: int = -1) -> BinaryIO:
     return io.BufferedReader(raw, _BUFFER if buffering < 0 else buffering)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True, slots=True)
+class StoredBytes:
+    """Bytes that lie in a file on disk, to be read where they are needed: large media need not go through the process that
+    reads a corpus for others that decode it."""
+
+    part: str
+    start: int
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            OSError: they cannot be read, or are no longer there.
+            TransientError: their file system is away.
+        """
+        with open_part(self.part) as file:
+            file.seek(self.start)
+            data = file.read(self.size)
+        if missing := self.size - len(data):
+            raise OSError(errno.ENODATA, f"{missing:,} of the {self.size:,} bytes from {self.start:,} on are gone")
+        return data
+
+
 class _LocalFile(io.FileIO):
     def readinto(self, buffer: Buffer) -> int:
         with _transient(self.name):

@@ -19,6 +19,10 @@ class JsonLinesSource(LineReader):
     reader: Literal["jsonl"]
     text_field: str = "text"
 
+    @property
+    def has_media(self) -> bool:
+        return False
+
     def spans(self, source: str, record: Record, place: str) -> list[RawSpan]:
         field(record, self.text_field, "text_field", place, str)
         (text,) = texts(record, self.text_field, "text_field", place)

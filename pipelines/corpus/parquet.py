@@ -69,6 +69,10 @@ class ParquetSource(CaptionedReader):
             raise ValueError("name at least one of text_field, image_field and audio_field")
         return self
 
+    @property
+    def has_media(self) -> bool:
+        return bool(self.image_field or self.audio_field)
+
     def inputs(self) -> Iterator[Input]:
         for file in find_files(self.path, self.name, (".parquet",)):
             size, etag = stamp([file])

@@ -33,6 +33,11 @@ class Reader(Settings):
     """Another seed draws other documents and templates."""
     filters: Filters = Filters()
 
+    @property
+    def has_media(self) -> bool:
+        """Whether its documents may hold pictures or sounds to encode; a GPU is of no use for a source without."""
+        return True
+
     @abstractmethod
     def inputs(self) -> Iterator[Input]:
         """What there is to read, sorted by uri.

@@ -14,6 +14,7 @@ from typing import ClassVar
 from pipelines.corpus.captions import Captions, chosen, json_object, texts
 from pipelines.corpus.documents import Document, RawSpan, Reject
 from pipelines.corpus.errors import RecordError
+from pipelines.corpus.files import StoredBytes
 from pipelines.corpus.media_types import MODALITIES, decoded, ending
 from pipelines.corpus.templates import CaptionedReader
 from pipelines.sequence import Modality
@@ -30,7 +31,8 @@ class SampleFile:
     """Its name in the dataset; the ending tells what it is."""
     place: str
     """Where it lies, for errors."""
-    data: bytes
+    data: bytes | StoredBytes
+    """Of texts and JSON always bytes."""
 
 
 class SampleReader(CaptionedReader):
@@ -72,11 +74,13 @@ class SampleReader(CaptionedReader):
             for file in files:
                 modality = MODALITIES.get(ending(file.uri))
                 if modality is Modality.TEXT:
+                    assert isinstance(file.data, bytes)
                     text = decoded(file.data, file.place)
                     pieces[modality].append(RawSpan(modality=modality, text=text, uri=file.uri))
                 elif modality:
                     pieces[modality].append(RawSpan(modality=modality, data=file.data, uri=file.uri))
                 else:
+                    assert isinstance(file.data, bytes)
                     record = json_object(file.data, file.place)
                     if self.json_field:
                         found = texts(record, self.json_field, "json_field", file.place)

@@ -6,6 +6,7 @@ Always holds: every header's checksum is verified, what is not a plain file is n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -67,10 +68,12 @@ class Tar:
     Args:
         file: at byte 0.
         seekable: whether large members that nobody asks for may be jumped over; a decompressing stream must be read.
+        jump: what is large: bytes that are read rather than jumped over.
     """
 
-    def __init__(self, file: BinaryIO, *, seekable: bool) -> None:
+    def __init__(self, file: BinaryIO, *, seekable: bool, jump: int = _CHUNK) -> None:
         self._file = file
+        self._jump = jump
         self._seekable = seekable
         self._position = 0
         self._ended_at = 0
@@ -144,8 +147,18 @@ class Tar:
             raise _cut_off(member.begin, member.name.encode(), len(content), member.size)
         return content
 
+    def require_whole(self, member: Member) -> None:
+        """Without reading it, of a file on disk: all bytes of a member are there.
+
+        Raises:
+            TarError: the tar is cut off within it.
+        """
+        there = os.fstat(self._file.fileno()).st_size - member.data
+        if there < member.size:
+            raise _cut_off(member.begin, member.name.encode(), there, member.size)
+
     def _go(self, offset: int) -> None:
-        if self._seekable and offset - self._position > _CHUNK:
+        if self._seekable and offset - self._position > self._jump:
             self._position = self._file.seek(offset)
         while self._position < offset and self._read(min(_CHUNK, offset - self._position)):
             pass

@@ -73,6 +73,11 @@ class TokenizedSource(TableReader):
             raise ValueError(f"made_with must state text_sha256 or fingerprint for content: {self.content}")
         return self
 
+    @property
+    def has_media(self) -> bool:
+        # They come as codes.
+        return False
+
     def bound(self, vocabulary: Vocabulary, sequence_length: int) -> Self:
         for key, stated in self.made_with:
             if stated and stated != (actual := getattr(vocabulary, key)):

@@ -17,15 +17,22 @@ from pydantic import Field, field_validator
 from pipelines.corpus.compressed import open_compressed
 from pipelines.corpus.documents import Document, Input, Reject, Slice
 from pipelines.corpus.errors import RecordError
-from pipelines.corpus.files import find_files, open_part, stamp
-from pipelines.corpus.media_types import EXTENSIONS
+from pipelines.corpus.files import StoredBytes, find_files, open_part, stamp
+from pipelines.corpus.media_types import EXTENSIONS, MODALITIES, ending
+from pipelines.corpus.remote import is_remote
 from pipelines.corpus.samples import SampleFile, SampleReader
 from pipelines.corpus.tar import Member, Tar, TarError
+from pipelines.sequence import Modality
 
 COMPRESSED = {".tar.gz": ".gz", ".tgz": ".gz", ".tar.zst": ".zst", ".tar.bz2": ".bz2"}
 """Endings of tars that cannot be divided, and what packed them."""
 
 _BUFFER = 2**20
+"""Less than this is read rather than jumped over: an object store takes longer to answer than to send it."""
+_LOCAL_BUFFER = 2**14
+
+_LARGE = 2**16
+"""Media of so many bytes, in a plain tar on disk, are read by whoever decodes them."""
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 """The key goes to the first dot of the last component; the rest is the extension. Hidden files have no key."""
@@ -74,7 +81,7 @@ class WebDatasetSource(SampleReader):
                     most = int(max(piece.input.size, 2**20) * self.max_expansion)
                     file = open_compressed(part, packed, most)
                 else:
-                    file = open_part(part, _BUFFER)
+                    file = open_part(part, _BUFFER if is_remote(part) else _LOCAL_BUFFER)
             except OSError as error:
                 message = f"{part}: cannot be read: {error.strerror or error}; restore or remove it"
                 yield Reject(source=f"{source}#{piece.start}", position=0, reason="file: unreadable", error=message)
@@ -89,8 +96,9 @@ class WebDatasetSource(SampleReader):
         stop = None if piece.stop == piece.input.size or not seekable else piece.stop
         sample: _Sample | None = None
         count = 0
+        stored = seekable and not is_remote(part)
         try:
-            tar = Tar(file, seekable=seekable)
+            tar = Tar(file, seekable=seekable, jump=_LOCAL_BUFFER if stored else _BUFFER)
             for member in tar.members():
                 if not (named := self._named(member)):
                     continue
@@ -103,7 +111,7 @@ class WebDatasetSource(SampleReader):
                     sample = _Sample(key, position=count, begin=member.begin)
                     count += 1
                 if sample.begin >= piece.start and not sample.fault and self._wants(sample, member, extension, part):
-                    sample.members.append((member.name, tar.content(member)))
+                    sample.members.append((member.name, self._content(tar, member, part, stored=stored)))
             if sample and sample.begin >= piece.start:
                 yield sample
             sample = None
@@ -117,6 +125,12 @@ class WebDatasetSource(SampleReader):
                 which = f"sample {lost.key}" if sample else f"byte {at}"
                 lost.fault = RecordError(reason, f"{part}: nothing from {which} on is read: {error}")
                 yield lost
+
+    def _content(self, tar: Tar, member: Member, part: str, *, stored: bool) -> bytes | StoredBytes:
+        if stored and member.size >= _LARGE and MODALITIES.get(ending(member.name), Modality.TEXT) is not Modality.TEXT:
+            tar.require_whole(member)
+            return StoredBytes(part, member.data, member.size)
+        return tar.content(member)
 
     def _named(self, member: Member) -> tuple[str, str] | None:
         """Key and extension of a member, if it belongs to a sample."""
@@ -175,7 +189,7 @@ class _Sample:
     position: int
     """Number of the sample in its tar: a key that comes again is another sample."""
     begin: int
-    members: list[tuple[str, bytes]] = field(default_factory=list)
+    members: list[tuple[str, bytes | StoredBytes]] = field(default_factory=list)
     """Name and content of those that are taken."""
     taken: set[str] = field(default_factory=set)
     """Their extensions."""

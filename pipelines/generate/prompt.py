@@ -99,7 +99,7 @@ def _encode(span: RawSpan, vocabulary: Vocabulary, tokenizers: Tokenizers) -> li
     if span.modality is Modality.IMAGE and tokenizers.image is not None:
         background = tuple(made_with["background"])
         pixels = fit_to_codes(
-            load_picture(span.data, span.uri, background),
+            load_picture(span.content, span.uri, background),
             rows=made_with["rows"],
             columns=made_with["columns"],
             downsampling=tokenizers.image.downsampling,
@@ -109,7 +109,7 @@ def _encode(span: RawSpan, vocabulary: Vocabulary, tokenizers: Tokenizers) -> li
         return [EncodedSpan(modality=span.modality, codes=tokenizers.image.encode(pixels[None])[0], uri=span.uri)]
     if span.modality is Modality.AUDIO and tokenizers.audio is not None:
         codec = tokenizers.audio
-        waveform = load_sound(span.data, span.uri, codec.sample_rate_hz, loudness_db=made_with["loudness_db"])
+        waveform = load_sound(span.content, span.uri, codec.sample_rate_hz, loudness_db=made_with["loudness_db"])
         pieces = equal_parts(waveform, codec.hop, made_with["max_frames"])
         return [EncodedSpan(modality=span.modality, codes=codes, uri=span.uri) for codes in codec.encode(pieces)]
     raise GenerateError(

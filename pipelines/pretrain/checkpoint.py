@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from pipelines.crash import crash_point
@@ -79,7 +80,7 @@ def write_checkpoint(
     Raises:
         DiskFullError, SaveError: it could not be written, on whichever rank; nothing is left of it.
     """
-    final = folder / _name(checkpoint.step)
+    final = path_of(folder, checkpoint.step)
     partial = folder / f".{final.name}.partial"
 
     def together(work: Callable[[], Any]) -> Any:
@@ -109,8 +110,8 @@ def _together(work: Callable[[], Any], folder: Path, ranks: Ranks, group: dist.P
     try:
         with naming_a_full_disk(folder):
             result = work()
-    except Exception as error:
-        # DCP wraps what went wrong on any rank into an error of its own.
+    except (Exception, CheckpointException) as error:
+        # DCP wraps what went wrong on any rank into an error of its own, which is no Exception.
         fault = f"{type(error).__name__}: {error}"
         full = isinstance(error, DiskFullError) or "No space left on device" in fault or "Disk quota" in fault
     outcomes: list[Any] = [None] * ranks.world_size
@@ -156,28 +157,45 @@ def _finish(partial: Path, final: Path, checkpoint: Checkpoint, sums: dict[str, 
     sync(final.parent)
 
 
-def prune_checkpoints(folder: Path, keep: int, ranks: Ranks, keep_every: int | None = None) -> None:
+def prune_checkpoints(
+    folder: Path, keep: int, ranks: Ranks, keep_every: int | None = None, protected: int | None = None
+) -> None:
     """Delete all but the newest checkpoints, and what runs that died while saving or deleting have left.
 
     Args:
         keep_every: keep those of steps that this divides, too.
+        protected: keep that of this step, too.
     """
     if not ranks.first:
         return
     for rest in folder.glob(".step-*"):
         shutil.rmtree(rest)
     for path in list_checkpoints(folder)[:-keep]:
-        if keep_every and step_of(path) % keep_every == 0:
-            continue
-        # Renamed first, so that no half-deleted checkpoint is ever found.
-        doomed = path.rename(path.with_name(f".{path.name}.deleted"))
-        shutil.rmtree(doomed)
+        if step_of(path) != protected and not (keep_every and step_of(path) % keep_every == 0):
+            _delete(path)
+
+
+def delete_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps."""
+    for path in list_checkpoints(folder):
+        if step_of(path) > step:
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    # Renamed first, so that no half-deleted checkpoint is ever found.
+    shutil.rmtree(path.rename(path.with_name(f".{path.name}.deleted")))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=step_of)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, or will lie."""
+    return folder / f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
@@ -293,7 +311,7 @@ def _record(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{file} is damaged: it has no {missing[0]}; {_remedy(path)}")
     if record["sha256"] != _sha256_of_record(record):
         raise DamagedCheckpointError(f"{file} is damaged: its sha256 is not the one that it names; {_remedy(path)}")
-    if path.name != _name(record["step"]):
+    if path.name != path_of(path.parent, record["step"]).name:
         raise DamagedCheckpointError(
             f"{file} is of step {record['step']}, unlike the name of its folder; {_remedy(path)}"
         )
@@ -312,7 +330,3 @@ def _remedy(path: Path) -> str:
     others = [p for p in list_checkpoints(path.parent) if p != path]
     then = "goes on from the checkpoint before it" if others else "starts over, for there is no other checkpoint"
     return f"delete the folder {path}, and the run {then}"
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"

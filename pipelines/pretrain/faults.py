@@ -38,6 +38,8 @@ class Guard:
         self._mean = torch.zeros(count, dtype=torch.float64, device=device)
         self._variance = torch.zeros(count, dtype=torch.float64, device=device)
         self._seen = torch.zeros(count, dtype=torch.float64, device=device)
+        self.roll_backs = 0
+        """Times that the run went back to its last regular checkpoint."""
 
     def check(self, losses: Losses, gradient_norm: Tensor) -> Tensor:
         """Whether to take the coming step.
@@ -53,7 +55,7 @@ class Guard:
         known = present & (self._seen >= _LEARNING)
         spike = (known & (deviation > self._settings.spike_sigmas * self._variance.sqrt())).any() & ~broken
         self._learn(present & ~broken & ~spike, deviation)
-        kind = 2.0 if self._settings.spikes == "skip" else 3.0
+        kind = 3.0 if self._settings.spikes == "record" else 2.0
         return torch.where(broken, 1.0, torch.where(spike, kind, 0.0)).to(torch.float32)
 
     def _learn(self, learned: Tensor, deviation: Tensor) -> None:
@@ -66,17 +68,20 @@ class Guard:
             learned, (1 - rate) * (self._variance + torch.where(learned, deviation, 0.0) * step), self._variance
         )
 
-    def state_dict(self) -> dict[str, list[float]]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain numbers for a checkpoint, exact."""
         return {
             "mean": self._mean.tolist(),
             "variance": self._variance.tolist(),
             "seen": self._seen.tolist(),
+            "roll_backs": self.roll_backs,
         }
 
-    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in ("mean", "variance", "seen"):
             getattr(self, f"_{name}").copy_(torch.tensor(state[name], dtype=torch.float64))
+        # Checkpoints before there was going back have no count.
+        self.roll_backs = state.get("roll_backs", 0)
 
 
 def take_step(optimizer: torch.optim.Optimizer, verdict: Tensor) -> None:

@@ -6,7 +6,7 @@ data is read, and a damaged one is told as such.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from model import MODALITIES
 from pipelines.pretrain.checkpoint import CheckpointError, describe_checkpoint, list_checkpoints, step_of
-from pipelines.pretrain.metrics import read_metrics
+from pipelines.pretrain.metrics import ROLL_BACK, read_metrics
 from pipelines.pretrain.run import RunError, read_finished
 
 
@@ -90,16 +91,48 @@ def summary(run: Path) -> dict[str, Any]:
         "finished": read_finished(run) is not None,
         "validation": validations[-1]["loss"] if validations else None,
         "training": last["loss"] if last else None,
-        "tokens_per_s": sum(r["tokens_per_s"] for r in recent) / len(recent) if recent else None,
-        "data_wait_share": sum(r["data_wait_share"] for r in recent) / len(recent) if recent else None,
-        "padding_share": sum(r["padding_share"] for r in recent) / len(recent) if recent else None,
+        "tokens_per_s": _mean([r["tokens_per_s"] for r in recent]),
+        "data_wait_share": _mean([r["data_wait_share"] for r in recent]),
+        "padding_share": _mean([r["padding_share"] for r in recent]),
+        "mfu": _mean([r["mfu"]["full"] for r in recent if "mfu" in r]),
+        "memory_gb": max(r["memory_gb"] for r in recent) if recent else None,
+        "datasets": last.get("datasets") if last else None,
         "faults": sum("fault" in r for r in steps),
+        "roll_backs": len(read_metrics(metrics, ROLL_BACK)),
     }
+
+
+def datasets_table(losses: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """Training losses of the last step by dataset."""
+    table = Table(title="Training loss of the last step by dataset")
+    for column in ("dataset", *MODALITIES):
+        table.add_column(column, justify="left" if column == "dataset" else "right")
+    for name, loss in losses.items():
+        values = (loss[modality] for modality in MODALITIES)
+        table.add_row(escape(name), *(f"{value:.3f}" if value is not None else "" for value in values))
+    return table
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def runs_table(found: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="Runs: validation loss where there is one, else that of the last step")
-    for column in ("run", "steps", "", "text", "image", "audio", "tokens/s", "data wait", "padding", "faults"):
+    for column in (
+        "run",
+        "steps",
+        "",
+        "text",
+        "image",
+        "audio",
+        "tokens/s",
+        "MFU",
+        "data wait",
+        "padding",
+        "GB",
+        "faults",
+    ):
         table.add_column(column, justify="left" if column in ("run", "") else "right")
     for told in found:
         loss = told["validation"] or told["training"] or {}
@@ -109,8 +142,12 @@ def runs_table(found: Sequence[dict[str, Any]]) -> Table:
             "finished" if told["finished"] else "",
             *(f"{loss[name]:.3f}" if loss.get(name) is not None else "" for name in ("text", "image", "audio")),
             f"{told['tokens_per_s']:,.0f}" if told["tokens_per_s"] else "",
+            f"{told['mfu']:.1%}" if told["mfu"] is not None else "",
             f"{told['data_wait_share']:.1%}" if told["data_wait_share"] is not None else "",
             f"{told['padding_share']:.1%}" if told["padding_share"] is not None else "",
-            str(told["faults"] or ""),
+            f"{told['memory_gb']:,.1f}" if told["memory_gb"] is not None else "",
+            ", ".join(
+                f"{told[key]}{word}" for key, word in (("faults", ""), ("roll_backs", " x rolled back")) if told[key]
+            ),
         )
     return table

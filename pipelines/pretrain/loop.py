@@ -17,6 +17,8 @@ from rich.console import Console
 
 from pipelines.loading import Loader
 from pipelines.pretrain.baseline import unigram_cross_entropy
+from pipelines.pretrain.boards import require_boards
+from pipelines.pretrain.by_dataset import Datasets
 from pipelines.pretrain.checkpoint import (
     Checkpoint,
     DamagedCheckpointError,
@@ -32,9 +34,12 @@ from pipelines.pretrain.faults import Guard, Watchdog, stacks_left, take_step
 from pipelines.pretrain.initialization import share_codebook_directions
 from pipelines.pretrain.interruption import Interruption, lost_ranks
 from pipelines.pretrain.metrics import Metrics
+from pipelines.pretrain.mfu import peak_of
 from pipelines.pretrain.optimizer import make_optimizer, set_learning_rate
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer, build_model, join_ranks
+from pipelines.pretrain.plan import make_plan
 from pipelines.pretrain.recipe import PretrainRecipe, model_config
+from pipelines.pretrain.roll_back import RollBack, target_of
 from pipelines.pretrain.run import (
     RunError,
     RunResult,
@@ -63,6 +68,7 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
         CheckpointError: the newest checkpoint is damaged.
         VocabularyError: the checkpoint was trained on another vocabulary.
     """
+    require_boards(recipe.logging)
     claim_folder(recipe)
     if finished := _finished(recipe):
         return finished
@@ -107,18 +113,28 @@ def _train(
     baseline = unigram_cross_entropy(data.statistics(), validator.counts, vocabulary) if validator.targets else None
     validation: CrossEntropy | None = None
     weights = recipe.loss_weights.model_dump()
-    metrics = Metrics(
-        folder,
-        start=start,
-        total_steps=total,
-        tokens_per_step=recipe.tokens_per_step,
-        settings=recipe.logging,
-        most_not_numbers=recipe.faults.nonfinite_steps,
-        console=console,
-        enabled=ranks.first,
-    )
+    datasets = Datasets(loader.names)
+    metrics = _metrics(recipe, model, start, datasets, ranks, console)
     exports = _exporter(recipe, data) if recipe.checkpoints.export else None
-    saver = Saver(folder / "checkpoints", recipe.checkpoints, ranks, metrics.say, exports)
+    goes_back = recipe.faults.spikes == "roll_back"
+    saver = Saver(
+        folder / "checkpoints",
+        recipe.checkpoints,
+        ranks,
+        metrics.say,
+        exports,
+        protected=lambda step: target_of(recipe, step + 1) if goes_back else None,
+    )
+    roll_back = RollBack(
+        recipe,
+        loader=loader,
+        model=model,
+        optimizer=optimizer,
+        guard=guard,
+        saver=saver,
+        metrics=metrics,
+        ranks=ranks,
+    )
     with (
         Watchdog(folder, recipe.faults, ranks.rank) as watchdog,
         metrics,
@@ -128,12 +144,14 @@ def _train(
         metrics.say(_opening(recipe, loader, model, start, ranks))
         if baseline and start == recipe.from_step:
             metrics.write("baseline", start, {"loss": baseline.to_json()})
-        for step in range(start + 1, total + 1):
+        step = start
+        while step < total:
+            step += 1
             seed_step(recipe.seed, step, ranks.rank)
             with metrics.waiting():
                 batch = next(loader)
             losses = forward_backward(
-                model, batch, weights, ranks, reshard_after_backward=recipe.sharding.reshard_after_backward
+                model, batch, weights, ranks, datasets, reshard_after_backward=recipe.sharding.reshard_after_backward
             )
             if _due(step, recipe.logging.every, total):
                 metrics.write("telemetry", step, by_modality(model, losses))
@@ -144,15 +162,30 @@ def _train(
             take_step(optimizer, verdict)
             optimizer.zero_grad()
             metrics.step(step, losses, norm, learning_rate, verdict)
+            roll_back.taken(step)
             watchdog.alive()
-            if validator.targets and _due(step, recipe.validation.every, total):
+            validating = validator.targets > 0 and _due(step, recipe.validation.every, total)
+            saving = _due(step, recipe.checkpoints.every, total)
+            if (target := roll_back.due(ask=validating or saving)) is not None:
+                step = target
+                watchdog.alive()
+                continue
+            if validating:
                 with metrics.pause():
                     validation = validator.evaluate(model)
                     metrics.write("telemetry", step, attention_peaks(model, batch.micro_batches[0], ranks))
                 metrics.validation(step, validation, baseline, validator.by_dataset)
                 watchdog.alive()
             interrupted = interruption.agreed()
-            if interrupted or _due(step, recipe.checkpoints.every, total):
+            if interrupted and (target := roll_back.due(ask=True)) is not None:
+                # One step more, and then there is something to save.
+                step = target
+                watchdog.alive()
+                continue
+            if interrupted or saving:
+                if saving:
+                    # From here on, this is what a spike goes back to.
+                    guard.roll_backs = 0
                 with metrics.pause():
                     state = Checkpoint(
                         step=step,
@@ -183,6 +216,22 @@ def _train(
         write_finished(result)
     dist.barrier()
     return result
+
+
+def _metrics(
+    recipe: PretrainRecipe, model: ShardedTransformer, start: int, datasets: Datasets, ranks: Ranks, console: Console
+) -> Metrics:
+    peak = recipe.logging.peak_tflops or peak_of(ranks.device, recipe.precision)
+    return Metrics(
+        recipe,
+        start=start,
+        datasets=datasets,
+        device=ranks.device,
+        flops_per_token=make_plan(recipe, model.config, gpus=ranks.world_size).flops_per_token,
+        peak_tflops=peak * ranks.world_size if peak else None,
+        console=console,
+        enabled=ranks.first,
+    )
 
 
 def _finished(recipe: PretrainRecipe) -> RunResult | None:

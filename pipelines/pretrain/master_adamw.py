@@ -6,7 +6,8 @@ beside the weights rather than 28, and no step copies one to the other.
 
 Enters: gradients in float32 (or the weights' type). Leaves: new weights, masters and moments, in one pass over memory. Always
 holds: a master is a float32 number, and the weight its nearest bfloat16 (ties away from zero); the moments are float32 or
-bfloat16, the arithmetic is float32; a step on CUDA is the Triton kernel of `triton_adamw`, elsewhere `update_` below.
+bfloat16, the arithmetic is float32; a step on CUDA is the Triton kernel of `triton_adamw`, elsewhere `update_` below; on CUDA
+the host never waits, also where `found_inf` says that a step is not to be taken.
 
 Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019), algorithm 2.
 """
@@ -31,22 +32,29 @@ class Update:
     beta2: float
     epsilon: float
     weight_decay: float
-    step: int
-    """Counted from 1."""
+    found_inf: Tensor
+    """float32 scalar on the device: other than 0 where the step is not to be taken."""
 
-    @property
-    def step_size(self) -> float:
-        """The learning rate with the first moment's bias corrected."""
-        return self.learning_rate / (1 - self.beta1**self.step)
+    def corrections(self, steps: Tensor) -> Tensor:
+        """What corrects the biases of both moments at a step.
 
-    @property
-    def root_correction(self) -> float:
-        """Divides the root of the second moment, to correct its bias."""
-        return float((1 - self.beta2**self.step) ** 0.5)
+        Args:
+            steps: float32 [n] on the device, counted from 1.
+
+        Returns:
+            float32 [n, 2]: the learning rate over the first moment's bias, and what divides the second one's root.
+        """
+        counted = steps.double()
+        first = self.learning_rate / (1 - self.beta1**counted)
+        return torch.stack([first, (1 - self.beta2**counted).sqrt()], dim=1).float()
 
 
 class MasterAdamW(torch.optim.Optimizer):
     """AdamW over bfloat16 parameters with float32 masters."""
+
+    heeds_found_inf = True
+    """A step is left out where the attribute `found_inf`, a float32 scalar on the device, is not 0, as for gradient
+    scalers."""
 
     def __init__(
         self,
@@ -73,7 +81,7 @@ class MasterAdamW(torch.optim.Optimizer):
                 if weight.dtype != torch.bfloat16:
                     raise TypeError(f"a weight of type {weight.dtype}: masters are for bfloat16 weights")
                 self.state[weight] = {
-                    "step": torch.tensor(0.0),
+                    "step": torch.zeros((), device=weight.device),
                     "low": torch.zeros_like(weight, dtype=torch.int16),
                     "exp_avg": torch.zeros_like(weight, dtype=moments),
                     "exp_avg_sq": torch.zeros_like(weight, dtype=moments),
@@ -84,21 +92,25 @@ class MasterAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step with the gradients that there are."""
+        """Take one step with the gradients that there are, unless `found_inf` says not to."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            steps = [self.state[weight]["step"] for weight in weights]
+            found_inf = getattr(self, "found_inf", None)
+            if found_inf is None:
+                found_inf = torch.zeros((), device=steps[0].device)
+            torch._foreach_add_(steps, [(found_inf == 0).float()] * len(steps))
+            beta1, beta2 = group["betas"]
+            numbers = Update(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], found_inf)
+            corrections = numbers.corrections(torch.stack(steps))
+            for weight, correction in zip(weights, corrections, strict=True):
                 state = self.state[weight]
-                state["step"] += 1
-                beta1, beta2 = group["betas"]
-                numbers = Update(
-                    group["lr"], beta1, beta2, group["eps"], group["weight_decay"], int(state["step"].item())
-                )
                 update_(
                     _local(weight),
                     _local(state["low"]),
@@ -106,6 +118,7 @@ class MasterAdamW(torch.optim.Optimizer):
                     _local(state["exp_avg"]),
                     _local(state["exp_avg_sq"]),
                     numbers,
+                    correction,
                 )
         return loss
 
@@ -140,13 +153,28 @@ class MasterAdamW(torch.optim.Optimizer):
             group.update({key: value for key, value in saved.items() if key != "params"})
 
 
-def update_(weight: Tensor, low: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, numbers: Update) -> None:
-    """One step of AdamW, in place."""
+def update_(
+    weight: Tensor,
+    low: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    numbers: Update,
+    correction: Tensor,
+) -> None:
+    """One step of AdamW, in place.
+
+    Args:
+        correction: float32 [2] on the device, a row of `Update.corrections`.
+    """
     if weight.is_cuda:
         from pipelines.pretrain import triton_adamw
 
-        triton_adamw.update_(weight, low, grad, exp_avg, exp_avg_sq, numbers)
+        triton_adamw.update_(weight, low, grad, exp_avg, exp_avg_sq, numbers, correction)
         return
+    if bool(numbers.found_inf):
+        return
+    step_size, root_correction = correction.tolist()
     # Piece by piece, so that the float32 copies stay small.
     for w, rest, g, m, v in zip(
         *(part.flatten().split(1 << 22) for part in (weight, low, grad, exp_avg, exp_avg_sq)), strict=True
@@ -156,8 +184,8 @@ def update_(weight: Tensor, low: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_
         m.copy_(first)
         v.copy_(second)
         master = join(w, rest).mul_(1 - numbers.learning_rate * numbers.weight_decay)
-        root = second.sqrt().div_(numbers.root_correction).add_(numbers.epsilon)
-        split_(master.addcdiv_(first, root, value=-numbers.step_size), w, rest)
+        root = second.sqrt().div_(root_correction).add_(numbers.epsilon)
+        split_(master.addcdiv_(first, root, value=-step_size), w, rest)
 
 
 def join(weight: Tensor, low: Tensor) -> Tensor:

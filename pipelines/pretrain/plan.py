@@ -167,19 +167,7 @@ def dry_run(recipe: PretrainRecipe, *, gpus: int = 1, tflops: float | None = Non
     Args:
         tflops: see `make_plan`; by default measured on the device of the recipe if it is here, else that of one H200.
     """
-    from pipelines.pretrain.recipe import model_config
-    from pipelines.shards.dataset import Dataset, DatasetError
-
-    try:
-        # All datasets of a mixture have one vocabulary.
-        first = recipe.data.parts[0]
-        vocabulary = recipe.data.view_of(Dataset.open(first.dataset, first.version).vocabulary)
-        config, sizes = model_config(recipe, vocabulary), f"vocabularies of {first.dataset}"
-    except DatasetError as error:
-        config = UnifiedTransformerConfig(
-            **recipe.model.model_dump(), max_sequence_length=recipe.data.sequence_length, device="cpu"
-        )
-        sizes = f"the reference vocabularies, for there is no dataset yet ({error})"
+    config, sizes = config_of(recipe)
     kind = "cpu" if recipe.device == "cpu" else "cuda" if torch.cuda.is_available() else ""
     if tflops is not None:
         rate = f"{tflops:,.1f} TFLOP/s as given"
@@ -187,10 +175,32 @@ def dry_run(recipe: PretrainRecipe, *, gpus: int = 1, tflops: float | None = Non
         tflops = measured_tflops(torch.device(kind), recipe.precision)
         rate = f"{tflops:,.2f} TFLOP/s measured here on a large product"
     else:
-        tflops = H200_TFLOPS * (1.7 if recipe.precision == "float8" else 1)
+        tflops = h200_tflops(recipe.precision)
         rate = f"{tflops:,.0f} TFLOP/s, those of one H200"
     plan = make_plan(recipe, config, gpus=gpus, tflops=tflops)
     return f"With {sizes}, and {rate}:\n\n{describe(plan, recipe)}"
+
+
+def config_of(recipe: PretrainRecipe) -> tuple[UnifiedTransformerConfig, str]:
+    """The model of a recipe, and which vocabularies it was given: the dataset's, or without one those of the reference."""
+    from pipelines.pretrain.recipe import model_config
+    from pipelines.shards.dataset import Dataset, DatasetError
+
+    try:
+        # All datasets of a mixture have one vocabulary.
+        first = recipe.data.parts[0]
+        vocabulary = recipe.data.view_of(Dataset.open(first.dataset, first.version).vocabulary)
+        return model_config(recipe, vocabulary), f"vocabularies of {first.dataset}"
+    except DatasetError as error:
+        config = UnifiedTransformerConfig(
+            **recipe.model.model_dump(), max_sequence_length=recipe.data.sequence_length, device="cpu"
+        )
+        return config, f"the reference vocabularies, for there is no dataset yet ({error})"
+
+
+def h200_tflops(precision: str) -> float:
+    """What one H200 reaches on large products, where the GPU to come is not known."""
+    return H200_TFLOPS * (1.7 if precision == "float8" else 1)
 
 
 def measured_tflops(device: torch.device, precision: str, size: int | None = None) -> float:

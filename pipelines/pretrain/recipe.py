@@ -153,10 +153,13 @@ class CheckpointSettings(Settings):
 class FaultSettings(Settings):
     nonfinite_steps: int = Field(default=3, ge=1)
     """Steps whose loss or gradient is not a number are skipped; so many in a row stop the run."""
-    spikes: Literal["record", "skip"] = "record"
+    spikes: Literal["record", "skip", "roll_back"] = "record"
     """What is done with a step in which the loss of a modality rises beyond `spike_sigmas` standard deviations of the last
-    fifty steps: it is marked in the metrics, or skipped, too."""
+    fifty steps: it is marked in the metrics; skipped, too; or all steps since the last checkpoint are taken anew, with the
+    batches that come after it."""
     spike_sigmas: float = Field(default=6.0, gt=0)
+    roll_backs: int = Field(default=3, ge=1)
+    """Times that a run goes back to the same checkpoint; further spikes are skipped."""
     hang_s: float = Field(default=1800.0, ge=0)
     """A rank that takes longer for a step, a validation or a checkpoint writes down its stacks and ends; 0 waits for ever."""
 
@@ -165,6 +168,10 @@ class LoggingSettings(Settings):
     every: int = Field(default=10, ge=1)
     """Steps between lines on the screen. The JSON lines hold every step."""
     tensorboard: bool = True
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Weights & Biases, too; "offline" writes to RUN/wandb/, for `wandb sync`. Needs the package wandb."""
+    peak_tflops: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """What one device could do, for MFU; null takes the datasheet's figure for bf16, if the GPU is known."""
 
 
 class PretrainRecipe(Settings):
@@ -223,6 +230,16 @@ class PretrainRecipe(Settings):
             raise ValueError("masters is 'optimizer', which keeps weights in bf16: set precision to bf16 or float8")
         if self.masters == "parameters" and self.optimizer.moments == "bf16":
             raise ValueError("optimizer.moments is 'bf16': set masters to 'optimizer', or moments to 'fp32'")
+        if self.faults.spikes == "roll_back" and self.data.all_stages[-1].length(self.tokens_per_step) is not None:
+            raise ValueError(
+                "faults.spikes is 'roll_back', which passes over batches: leave the length of the last stage of data.stages "
+                "out, for it must have more of them"
+            )
+        if "://" in self.output:
+            raise ValueError(
+                f"output is {self.output!r}: a run folder must be on a file system, for it is locked while the run goes on, "
+                "and checkpoints appear in it by renaming; name a folder that all nodes share. Data may be on an object store"
+            )
         total = self.total_steps
         warmup, decay = self.schedule.warmup(total), self.schedule.decay(total)
         if warmup >= total:

@@ -188,7 +188,9 @@ def _deciding(recipe: PretrainRecipe) -> dict[str, Any]:
     """What decides how a run goes, by dotted key. A run folder may be moved, so where it lies is no part of it."""
     flat = _flat(recipe.model_dump(mode="json", exclude={"output"}))
     flat = {key: Storage.of(value).uri if key.endswith(".dataset") and value else value for key, value in flat.items()}
-    return {key: value for key, value in flat.items() if not key.startswith(_MAY_CHANGE)}
+    # What a run goes back to at a spike decides what is learned.
+    decides = {"checkpoints.every"} if recipe.faults.spikes == "roll_back" else set()
+    return {key: value for key, value in flat.items() if key in decides or not key.startswith(_MAY_CHANGE)}
 
 
 def _flat(values: Mapping[str, Any] | Sequence[Any], prefix: str = "") -> dict[str, Any]:

@@ -39,15 +39,17 @@ class Saver:
         ranks: Ranks,
         say: Callable[[str], None],
         after: Callable[[Path], None] | None = None,
+        protected: Callable[[int], int | None] = lambda step: None,
     ) -> None:
         """
         Args:
             folder: of the checkpoints.
             say: tells people what went wrong; called on the first rank.
             after: called on the first rank with each finished checkpoint, off the critical path.
+            protected: which step's checkpoint must stay when that of a step was written.
         """
         self._folder, self._settings, self._ranks = folder, settings, ranks
-        self._say, self._after = say, after
+        self._say, self._after, self._protected = say, after, protected
         # A group of its own, because the thread must not come between the collectives of the training step.
         self._group = dist.new_group(backend="gloo")
         # The cache is page-locked memory, which makes copies several times as fast.
@@ -104,7 +106,8 @@ class Saver:
 
     def _write(self, checkpoint: Checkpoint, staged: dict[str, Any]) -> Path:
         path = write_checkpoint(self._folder, checkpoint, staged, self._ranks, self._group)
-        prune_checkpoints(self._folder, self._settings.keep, self._ranks, self._settings.keep_every)
+        protected = self._protected(checkpoint.step)
+        prune_checkpoints(self._folder, self._settings.keep, self._ranks, self._settings.keep_every, protected)
         if self._after is not None and self._ranks.first:
             self._after(path)
         return path

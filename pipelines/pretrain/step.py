@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from model import MODALITIES
+from pipelines.pretrain.by_dataset import Datasets
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ class Losses:
     """float64 [3]: squared log-partitions of the targets' logits, by modality."""
     tokens: Tensor
     """int64 scalar: tokens that are not padding."""
+    dataset_sums: Tensor
+    """float64 [datasets, 3]: `sums` by dataset."""
+    dataset_counts: Tensor
+    """int64 [datasets, 3]: `counts` by dataset."""
 
 
 def forward_backward(
@@ -42,6 +47,7 @@ def forward_backward(
     batch: StepBatch,
     weights: Mapping[str, float],
     ranks: Ranks,
+    datasets: Datasets,
     *,
     reshard_after_backward: bool = True,
 ) -> Losses:
@@ -49,26 +55,39 @@ def forward_backward(
 
     Args:
         weights: of each modality's targets.
+        datasets: that the batch may be from.
         reshard_after_backward: see `ShardingSettings`; after the last micro-batch weights are always given up.
     """
     micro_batches = batch.micro_batches
-    mine = [sum(b.targets[name].count for b in micro_batches) for name in MODALITIES]
-    *counts, tokens = ranks.sum(torch.tensor([*mine, batch.tokens]).to(ranks.device, non_blocking=True))
+    rows = [datasets.of_rows(sources) for sources in batch.sources]
+    mine = torch.stack([datasets.counts(b, row) for b, row in zip(micro_batches, rows, strict=True)]).sum(0)
+    told = torch.cat([mine.flatten(), torch.tensor([batch.tokens])])
+    *by_dataset, tokens = ranks.sum(told.to(ranks.device, non_blocking=True))
+    dataset_counts = torch.stack(by_dataset).view_as(mine)
+    counts = dataset_counts.sum(0)
     # FSDP2 averages over ranks where the loss wants a sum.
     denominators = {name: count / ranks.world_size for name, count in zip(MODALITIES, counts, strict=True)}
-    sums = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=ranks.device)
-    for number, micro_batch in enumerate(micro_batches, start=1):
+    sums = torch.zeros(2 + len(datasets), len(MODALITIES), dtype=torch.float64, device=ranks.device)
+    for number, (micro_batch, row) in enumerate(zip(micro_batches, rows, strict=True), start=1):
         # Gradients travel between ranks once a step.
         if isinstance(model, FSDPModule):
             last = number == len(micro_batches)
             model.set_requires_gradient_sync(last)
             if not reshard_after_backward:
                 model.set_reshard_after_backward(last)
-        loss = model.loss(micro_batch.to(ranks.device, non_blocking=True), weights=weights, denominators=denominators)
+        loss = model.loss(
+            micro_batch.to(ranks.device, non_blocking=True),
+            weights=weights,
+            denominators=denominators,
+            # Of one dataset nothing needs to be summed apart.
+            row_groups=row.to(ranks.device, non_blocking=True) if len(datasets) > 1 else None,
+            group_count=len(datasets),
+        )
         loss.total.backward()
-        sums += torch.stack([part[name] for part in (loss.sums, loss.squares) for name in MODALITIES]).view(2, -1)
-    losses, squares = ranks.sum(sums)
-    return Losses(losses, torch.stack(counts), squares, tokens)
+        parts = torch.stack([part[name] for part in (loss.sums, loss.squares) for name in MODALITIES]).view(2, -1)
+        sums += torch.cat([parts, loss.group_sums])
+    losses, squares, *dataset_sums = ranks.sum(sums)
+    return Losses(losses, counts, squares, tokens, torch.stack(dataset_sums), dataset_counts)
 
 
 def clip_gradients(model: ShardedTransformer, largest: float) -> Tensor:

@@ -1,6 +1,7 @@
 """The step of `master_adamw` as one Triton kernel; TRITON_INTERPRET=1 runs it on the CPU, for tests.
 
-A step is bound by memory: with float32 gradients and bfloat16 moments it reads 12 bytes a weight and writes 8.
+A step is bound by memory: with float32 gradients and bfloat16 moments it reads 12 bytes a weight and writes 8. Whether it
+is taken at all, and how biases are corrected, it reads from the device, too.
 """
 
 # A kernel's arguments have no Python types, and its constants are written large, as the field does.
@@ -24,11 +25,12 @@ _BLOCK = 2048
 
 @triton.jit
 def _adamw_kernel(
-    weight, low, grad, exp_avg, exp_avg_sq, size, beta1, beta2, epsilon, decay, step_size, root_correction,
+    weight, low, grad, exp_avg, exp_avg_sq, size, beta1, beta2, epsilon, decay, correction, found_inf,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < size
+    there = at < tl.where(tl.load(found_inf) == 0, size, 0)
+    step_size, root_correction = tl.load(correction), tl.load(correction + 1)
     g = tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
     first = tl.load(exp_avg + at, mask=there, other=0.0).to(tl.float32)
     second = tl.load(exp_avg_sq + at, mask=there, other=0.0).to(tl.float32)
@@ -46,13 +48,21 @@ def _adamw_kernel(
     tl.store(low + at, (bits - (high << 16)).to(tl.int16), mask=there)
 
 
-def update_(weight: Tensor, low: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, numbers: Update) -> None:
+def update_(
+    weight: Tensor,
+    low: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    numbers: Update,
+    correction: Tensor,
+) -> None:
     """See `master_adamw.update_`; all are contiguous."""
     size = weight.numel()
     if not size:
         return
     _adamw_kernel[(triton.cdiv(size, _BLOCK),)](
         weight.view(torch.int16), low, grad, exp_avg, exp_avg_sq, size, numbers.beta1, numbers.beta2, numbers.epsilon,
-        1 - numbers.learning_rate * numbers.weight_decay, numbers.step_size, numbers.root_correction,
+        1 - numbers.learning_rate * numbers.weight_decay, correction, numbers.found_inf,
         BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from model import PackedBatch, UnifiedTransformer
 from pipelines.loading import StepBatch
+from pipelines.pretrain.by_dataset import ByDataset, Datasets
 from pipelines.pretrain.parallelize import Ranks
 from pipelines.sequence import Modality, Vocabulary
 
@@ -95,14 +96,17 @@ class Validator:
         self._batches = [batch for batch, _ in held]
         self._vocabulary = vocabulary
         self._ranks = ranks
-        self._names = list(dict.fromkeys(names))
-        same = torch.tensor([self._names.index(name) for name in names])
-        self._datasets = [same[sources].to(ranks.device) for _, sources in held]
+        datasets = Datasets(names)
+        self._names = datasets.names
+        rows = [datasets.of_rows(sources) for _, sources in held]
+        self._datasets = [row.to(ranks.device) for row in rows]
         """Of each row of each batch."""
         self.counts = self._count()
         """Of the targets of all ranks."""
-        self._dataset_counts = self._ranks.sum(self._by_dataset(None))
-        self.by_dataset: dict[str, dict[str, float | None]] = {}
+        counted = (datasets.counts(batch, row) for batch, row in zip(self._batches, rows, strict=True))
+        none = torch.zeros(len(datasets), len(Modality), dtype=torch.int64)
+        self._dataset_counts = ranks.sum(sum(counted, none).to(ranks.device))
+        self.by_dataset: ByDataset = {}
         """What the last evaluation came to for each dataset and modality."""
 
     @property
@@ -133,18 +137,14 @@ class Validator:
         }
         return CrossEntropy.of(totals, np.array([group.sum() for group in groups]))
 
-    def _by_dataset(self, losses: Sequence[Mapping[str, torch.Tensor]] | None) -> torch.Tensor:
-        """float64 [datasets, modalities]: the sums of losses of this rank's targets; without losses, their counts."""
+    def _by_dataset(self, losses: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        """float64 [datasets, modalities]: the sums of losses of this rank's targets."""
         sums = torch.zeros(len(self._names), len(Modality), dtype=torch.float64, device=self._ranks.device)
         for number, (batch, datasets) in enumerate(zip(self._batches, self._datasets, strict=True)):
             for modality in Modality:
                 targets = batch.targets[modality.label]
                 rows = targets.positions[: targets.count].to(self._ranks.device) // batch.token_ids.shape[1]
-                values = (
-                    losses[number][modality.label][: targets.count].double()
-                    if losses
-                    else rows.new_ones(targets.count, dtype=torch.float64)
-                )
+                values = losses[number][modality.label][: targets.count].double()
                 sums[:, modality].index_add_(0, datasets[rows], values)
         return sums
 

@@ -12,6 +12,7 @@ import pickle
 import sys
 import traceback
 
+from pipelines.corpus.errors import TransientError
 from pipelines.tokenize.prepare import Preparation
 
 _ALIGNMENT = 64
@@ -34,6 +35,8 @@ def main() -> None:
         buffers: list[pickle.PickleBuffer] = []
         try:
             found: object = [preparation.prepare(source, document) for document in documents]
+        except TransientError as error:
+            found = error
         except Exception:
             # No fault of the data is raised here: whoever asked shall see what is wrong with the program.
             found = traceback.format_exc()

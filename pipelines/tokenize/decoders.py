@@ -41,6 +41,8 @@ PIPE_BYTES = 2**20
 PLACES = 160
 """Enough for the windows in memory. Where none is free, arrays come through pipes."""
 
+_SWITCH_S = 2e-4
+
 Item = Prepared | Reject | Dropped
 
 
@@ -48,14 +50,15 @@ class Decoders:
     """A number of decoding processes, kept from unit to unit."""
 
     def __init__(self, preparation: Preparation, count: int) -> None:
+        # Threads that talk to decoders hold Python's lock for microseconds; one that computes would let them wait for 5 ms.
+        sys.setswitchinterval(_SWITCH_S)
         self._count = count
         self._preparation = preparation
         self._descriptor = os.memfd_create("braid")
         os.ftruncate(self._descriptor, PLACES * PLACE_BYTES)
         self._memory = mmap.mmap(self._descriptor, 0)
-        self._free: queue.SimpleQueue[Place] = queue.SimpleQueue()
-        for number in range(PLACES):
-            self._free.put((number * PLACE_BYTES, PLACE_BYTES))
+        self._free: list[Place] = [(number * PLACE_BYTES, PLACE_BYTES) for number in reversed(range(PLACES))]
+        """The last one that became free is taken first: its pages are there, and in the caches."""
         self._processes: list[subprocess.Popen[bytes]] = []
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
         for _ in range(count):
@@ -101,8 +104,8 @@ class Decoders:
 
     def _ask(self, source: str, documents: list[Document]) -> list[Item]:
         try:
-            place = self._free.get_nowait()
-        except queue.Empty:
+            place = self._free.pop()
+        except IndexError:
             place = (0, 0)
         process = self._idle.get()
         try:
@@ -119,11 +122,13 @@ class Decoders:
         if place[1]:
             base = np.frombuffer(self._memory, np.uint8, place[1], place[0])
             # The place is free again when the last array in it is gone.
-            weakref.finalize(base, self._free.put, place)
+            weakref.finalize(base, self._free.append, place)
             if buffers is None:
                 starts = [0, *accumulate(aligned(size) for size in sizes)][: len(sizes)]
                 buffers = [base.data[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-        found: list[Item] | str = pickle.loads(data, buffers=buffers)
+        found: list[Item] | TransientError | str = pickle.loads(data, buffers=buffers)
+        if isinstance(found, TransientError):
+            raise found
         if isinstance(found, str):
             raise RuntimeError(f"at one of the {len(documents)} documents from {documents[0].source} on:\n{found}")
         return found

@@ -104,7 +104,7 @@ def tokenize(
         witness = record_recipe(dataset.storage, recipe)
         watch = progress or Silent()
         watch.started(work)
-        with Pool(recipe, witness) as pool:
+        with Pool(recipe, witness, {unit.source for unit in work.pending}) as pool:
             summary.ready_s = pool.ready_s
             _run(recipe, dataset, ledger, work, request, pool, watch, summary)
     summary.version = dataset.version

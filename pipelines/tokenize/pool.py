@@ -2,16 +2,18 @@
 
 Enters: work units. Leaves: their shards, as they are finished. Always holds: a unit whose worker died, or whose storage
 did not answer, is tried again a bounded number of times; nodes that join later are used, and workers without work are
-given back, so that an autoscaling cluster follows the job.
+given back, so that an autoscaling cluster follows the job. Where workers have GPUs, units without media are left to workers
+without.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -37,6 +39,9 @@ RETRY_AFTER_S = 1.0
 _RESTART_POLL_S = 0.1
 """Wait before a worker that is being restarted is asked again."""
 
+GPU = "cuda"
+"""What workers with a GPU encode on."""
+
 MOST_AWAY, MOST_DIED = 3, 10
 """When so many units in a row have failed because a store was away, or because their workers died, it is not the units."""
 
@@ -55,20 +60,29 @@ class UnitsFailedError(JobError):
 @dataclass(eq=False)
 class _Actor:
     handle: Any
+    on_gpu: bool
     ready: bool = False
     running: list[Any] = field(default_factory=list)
     """Results to come, in the order in which the worker does them."""
 
 
+Waiting = dict[bool, deque[WorkUnit]]
+"""Units that no worker has yet: those for workers with a GPU, and those for workers without."""
+
+
 class Pool:
     """Workers for one job; a context manager."""
 
-    def __init__(self, recipe: TokenizeRecipe, witness: str) -> None:
+    def __init__(self, recipe: TokenizeRecipe, witness: str, sources: Set[str]) -> None:
         """Args:
         witness: name of a file in the dataset; a worker that does not see it writes to a folder of another machine.
+        sources: the names of those that there are units of.
         """
         self._recipe = recipe
         self._witness = witness
+        self._sources = [source for source in recipe.sources if source.name in sources]
+        self._without_gpu: set[str] = set()
+        """The sources whose units are left to workers without a GPU."""
         self._actors: list[_Actor] = []
         self._pending: dict[Any, tuple[_Actor, WorkUnit | None]] = {}
         """What Ray owes: results with their units, and starting workers with None."""
@@ -92,23 +106,19 @@ class Pool:
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
         if address := settings.address or os.environ.get("RAY_ADDRESS"):
             ray.init(address=address, **quiet)
-            count = self._recipe.workers or self._places(settings.cpus_per_worker, settings.gpus_per_worker)
         else:
-            count = self._recipe.workers or os.cpu_count() or 1
-            # "local", because a Ray that crashed leaves an address behind which the default would try to join.
-            ray.init(
-                address="local",
-                num_cpus=int(count * settings.cpus_per_worker + 0.999),
-                include_dashboard=False,
-                **quiet,
-            )
+            # More workers than cores is a wish to be granted. "local", because a Ray that crashed leaves an address behind
+            # which the default would try to join.
+            cpus = max(os.cpu_count() or 1, math.ceil((self._recipe.workers or 1) * settings.cpus_per_worker))
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         try:
-            options = {"num_cpus": settings.cpus_per_worker, "num_gpus": settings.gpus_per_worker}
-            worker = ray.remote(**options, max_restarts=-1, max_task_retries=0)(UnitWorker)
-            device = "cuda" if settings.gpus_per_worker else "cpu"
-            for _ in range(count):
-                self._actors.append(_Actor(worker.remote(self._recipe, device)))
-                self._await_start(self._actors[-1])
+            for on_gpu, count in self._counts().items():
+                cpus_each, gpus = settings.cpus_per_worker, settings.gpus_per_worker
+                options = {"num_cpus": cpus_each, "num_gpus": gpus} if on_gpu or not gpus else {"num_cpus": 1}
+                worker = ray.remote(**options, max_restarts=-1, max_task_retries=0)(UnitWorker)
+                for _ in range(count):
+                    self._actors.append(_Actor(worker.remote(self._recipe, GPU if on_gpu else "cpu"), on_gpu))
+                    self._await_start(self._actors[-1])
             self._wait_for_the_first(settings.start_timeout_s)
         except BaseException:
             ray.shutdown()
@@ -130,8 +140,10 @@ class Pool:
             UnitsFailedError: units failed as often as the recipe allows; at the end, so that none of them holds up others.
             JobError: a store refuses.
         """
-        waiting = deque(units)
-        while waiting or self._delayed or any(actor.running for actor in self._actors):
+        waiting = {True: deque[WorkUnit](), False: deque[WorkUnit]()}
+        for unit in units:
+            waiting[self._on_gpu(unit)].append(unit)
+        while any(waiting.values()) or self._delayed or any(actor.running for actor in self._actors):
             self._hand_out(waiting)
             pending = list(self._pending)
             if not pending:
@@ -149,7 +161,25 @@ class Pool:
         if self._failed:
             raise UnitsFailedError("\n".join(self._failed), self._to_blame)
 
-    def _received(self, reference: Any, waiting: deque[WorkUnit]) -> tuple[WorkUnit, WrittenShard] | None:
+    def _counts(self) -> dict[bool, int]:
+        """How many workers to start, with a GPU and without; decides which sources are left to the latter."""
+        settings, most = self._recipe.cluster, self._recipe.workers
+        with_gpu, left = self._places(settings.cpus_per_worker, settings.gpus_per_worker)
+        if not settings.gpus_per_worker:
+            self._without_gpu = {source.name for source in self._sources}
+            return {False: most or left}
+        texts = {source.name for source in self._sources if not source.has_media}
+        others = len(self._sources) > len(texts)
+        beside = left if settings.cpu_workers is None else settings.cpu_workers
+        if not texts or (others and not beside):
+            return {True: most or with_gpu}
+        self._without_gpu = texts
+        return ({True: most or with_gpu} if others else {}) | {False: max(beside, 1)}
+
+    def _on_gpu(self, unit: WorkUnit) -> bool:
+        return unit.source not in self._without_gpu
+
+    def _received(self, reference: Any, waiting: Waiting) -> tuple[WorkUnit, WrittenShard] | None:
         actor, unit = self._pending[reference]
         try:
             result = ray.get(reference)
@@ -166,7 +196,7 @@ class Pool:
             lost = [self._pending.pop(r)[1] for r in actor.running]
             actor.running, actor.ready = [], False
             self._await_start(actor)
-            waiting.extendleft(u for u in reversed(lost[1:]) if u)
+            waiting[actor.on_gpu].extendleft(u for u in reversed(lost[1:]) if u)
             assert lost[0]
             self._again(lost[0], "died", "its worker died without a Python error (out of memory, or killed)")
             return None
@@ -192,24 +222,25 @@ class Pool:
         if unit:
             actor.running.remove(reference)
 
-    def _hand_out(self, waiting: deque[WorkUnit]) -> None:
+    def _hand_out(self, waiting: Waiting) -> None:
         now = time.monotonic()
-        waiting.extend(unit for due, unit in self._delayed if due <= now)
+        for due, unit in self._delayed:
+            if due <= now:
+                waiting[self._on_gpu(unit)].append(unit)
         self._delayed = [(due, unit) for due, unit in self._delayed if due > now]
         for depth in range(IN_FLIGHT):
             for actor in self._actors:
-                if waiting and actor.ready and len(actor.running) == depth:
-                    unit = waiting.popleft()
+                if waiting[actor.on_gpu] and actor.ready and len(actor.running) == depth:
+                    unit = waiting[actor.on_gpu].popleft()
                     reference = actor.handle.run.remote(unit)
                     actor.running.append(reference)
                     self._pending[reference] = actor, unit
-        if not waiting and not self._delayed:
-            self._give_back()
+        if not self._delayed:
+            self._give_back(waiting)
 
-    def _give_back(self) -> None:
+    def _give_back(self, waiting: Waiting) -> None:
         """Let go of workers for which nothing is left, those that a busy cluster has not started yet too."""
-        idle = [actor for actor in self._actors if not actor.running]
-        for actor in idle[: len(self._actors) - 1]:
+        for actor in [actor for actor in self._actors if not actor.running and not waiting[actor.on_gpu]]:
             ray.kill(actor.handle)
             self._actors.remove(actor)
             self._pending = {r: owed for r, owed in self._pending.items() if owed[0] is not actor}
@@ -230,21 +261,35 @@ class Pool:
         self._delayed.append((time.monotonic() + RETRY_AFTER_S * 2.0 ** (self._tries[unit.id] - 1), unit))
 
     def _wait_for_the_first(self, timeout_s: float) -> None:
-        done, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
-        if not done:
-            free = ray.available_resources()
-            has = ", ".join(f"{free[name]:g} {name}" for name in ("CPU", "GPU") if name in free)
-            raise JobError(
-                f"no worker could start within cluster.start_timeout_s = {timeout_s:g}: each wants "
-                f"{self._recipe.cluster.cpus_per_worker:g} CPU and {self._recipe.cluster.gpus_per_worker:g} GPU, and the "
-                f"cluster has {has or 'nothing'} free; lower what a worker wants, or wait for the cluster"
-            )
-        for reference in done:
-            self._received(reference, deque())
+        """Of either kind."""
+        settings = self._recipe.cluster
+        for on_gpu in {actor.on_gpu for actor in self._actors}:
+            kind = [reference for reference, (actor, _) in self._pending.items() if actor.on_gpu is on_gpu]
+            done, _ = ray.wait(kind, num_returns=1, timeout=timeout_s)
+            if not done:
+                free = ray.available_resources()
+                has = ", ".join(f"{free[name]:g} {name}" for name in ("CPU", "GPU") if name in free)
+                wants = f"{settings.cpus_per_worker:g} CPU and {settings.gpus_per_worker:g} GPU"
+                if settings.gpus_per_worker and not on_gpu:
+                    wants = "1 CPU"
+                raise JobError(
+                    f"no worker could start within cluster.start_timeout_s = {timeout_s:g}: each wants {wants}, and the "
+                    f"cluster has {has or 'nothing'} free; lower what a worker wants, or wait for the cluster"
+                )
+            for reference in done:
+                self._received(reference, {})
 
     @staticmethod
-    def _places(cpus: float, gpus: float) -> int:
-        """Workers that fit the cluster as it is now."""
-        has = ray.cluster_resources()
-        fits = [int(has.get(name, 0) // each) for name, each in (("CPU", cpus), ("GPU", gpus)) if each]
-        return max(min(fits, default=1), 1)
+    def _places(cpus: float, gpus: float) -> tuple[int, int]:
+        """Workers that fit the nodes as they are now: with a GPU, at least one, and without, on the CPUs that are left."""
+        with_gpu = without = 0
+        for node in ray.nodes():
+            has = node["Resources"] if node["Alive"] else {}
+            free = has.get("CPU", 0.0)
+            if gpus:
+                fit = int(min(free // cpus, has.get("GPU", 0.0) // gpus))
+                with_gpu += fit
+                without += int(free - fit * cpus)
+            else:
+                without += int(free // cpus)
+        return max(with_gpu, 1), without if gpus else max(without, 1)

@@ -62,7 +62,8 @@ class Prepared:
 
     def emptied(self) -> Prepared:
         """The document without what has gone to the tokenizers, so that its memory is free while codes are on their way."""
-        return replace(self, parts=[part if part.encoded else replace(part, payload="") for part in self.parts])
+        parts = [part if part.encoded else Part(part.modality, "", part.uri) for part in self.parts]
+        return replace(self, parts=parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +118,11 @@ def prepare(
     source, position = document.source, document.position
     if reason := filters.drops(document):
         return Dropped(source=source, position=position, reason=reason)
+    try:
+        document = document.loaded()
+    except OSError as error:
+        message = f"{source}: cannot be read: {error.strerror or error}; restore or remove it"
+        return Reject(source=source, position=position, reason="file: unreadable", error=message)
     parts: list[Part] = []
     size = 0
     for span in document.spans:
@@ -169,7 +175,7 @@ def _pixels(
     if settings is None or downsampling is None:
         message = f"{span.uri}: a picture, but the recipe names no image tokenizer (tokenizers.image)"
         raise MediaError(message, "no tokenizer")
-    pixels = load_picture(span.data, span.uri, settings.background, settings.max_pixels)
+    pixels = load_picture(span.content, span.uri, settings.background, settings.max_pixels)
     if reason := filters.drops_picture(*pixels.shape[:2]):
         raise _DroppedError(reason)
     return fit_to_codes(
@@ -193,7 +199,7 @@ def _waveforms(
         message = f"{span.uri}: a sound, but the recipe names no audio tokenizer (tokenizers.audio)"
         raise MediaError(message, "no tokenizer")
     waveform = load_sound(
-        span.data,
+        span.content,
         span.uri,
         sample_rate_hz,
         max_seconds=settings.max_seconds,

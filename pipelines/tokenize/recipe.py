@@ -90,7 +90,10 @@ class ClusterSettings(Settings):
     cpus_per_worker: float = Field(1.0, gt=0)
     """A worker with a GPU decodes in so many processes while it encodes; others decode and encode in turn."""
     gpus_per_worker: float = Field(0.0, ge=0)
-    """Workers with a GPU, or a share of one, encode on it."""
+    """Workers with a GPU, or a share of one, encode on it. Sources without media are then left to workers without, of one
+    CPU each."""
+    cpu_workers: int | None = Field(None, ge=0)
+    """So many of these; as many as the workers with a GPU leave CPUs for by default. Without any, those with a GPU do all."""
     start_timeout_s: float = Field(600.0, gt=0)
     """How long to wait for the first worker, such as for an autoscaler to bring a node."""
 
@@ -113,8 +116,8 @@ class TokenizeRecipe(Settings):
     """Share of the documents that may be quarantined before the job fails."""
     units: UnitSettings = UnitSettings()
     workers: int | None = Field(None, ge=1)
-    """Worker processes at most; as many as the machine or the cluster has places for by default. More than that wait for
-    nodes that an autoscaler may add."""
+    """Worker processes at most, of those with a GPU where there are such; as many as the machine or the cluster has places
+    for by default. More than that wait for nodes that an autoscaler may add."""
     cluster: ClusterSettings = ClusterSettings()
     threads: int = Field(1, ge=1)
     """Threads of each worker. Codes may differ in the last place between thread counts, so it is pinned."""

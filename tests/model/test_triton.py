@@ -78,16 +78,21 @@ def test_the_loss_of_a_softmax_and_its_gradient(vocabulary: int) -> None:
         assert_near(one, other)
 
 
-def test_a_step_of_the_optimizer() -> None:
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_step_of_the_optimizer(skipped: bool) -> None:
     master, grad, first = torch.randn(3, 5000)
     second = torch.rand(5000)
     weight, low = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16)
     master_adamw.split_(master, weight, low)
-    numbers = master_adamw.Update(1e-2, 0.9, 0.95, 1e-8, 0.1, 3)
+    if skipped:
+        grad[7] = float("nan")
     right = [part.clone() for part in (weight, low, grad, first, second)]
     found = [part.clone().to(DEVICE) for part in right]
-    master_adamw.update_(*right, numbers)
-    triton_adamw.update_(*found, numbers)
+    for parts, update, device in ((right, master_adamw.update_, "cpu"), (found, triton_adamw.update_, DEVICE)):
+        numbers = master_adamw.Update(1e-2, 0.9, 0.95, 1e-8, 0.1, torch.tensor(float(skipped), device=device))
+        (correction,) = numbers.corrections(torch.tensor([3.0], device=device))
+        update(*parts, numbers, correction)
+    assert torch.equal(found[0].cpu(), weight) == skipped
     assert_near(master_adamw.join(found[0].cpu(), found[1].cpu()), master_adamw.join(*right[:2]).double())
     for one, other in zip(found[3:], right[3:], strict=True):
         assert_near(one, other.double())

@@ -14,6 +14,7 @@ from pipelines.recipe import read_recipe
 from pipelines.recurring.recipe import PipelineRecipe
 from pipelines.recurring.state import State
 from tests.pipelines.jobs import text_recipe
+from tests.pipelines.training import TINY
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
@@ -30,18 +31,16 @@ class Nightly:
         text_recipe(folder, **(texts or {}))
         tokenize = yaml.safe_load((folder / "recipe.yaml").read_text()) | {"validation_share": 0.3, "workers": 1}
         (folder / "recipe.yaml").write_text(yaml.safe_dump(tokenize))
-        pretrain = {
+        pretrain = TINY | {
             "output": "set by the pipeline",
             "data": {"dataset": "set by the pipeline", "sequence_length": 64},
             "model": {"hidden_size": 16, "num_layers": 1, "num_attention_heads": 2, "ffn_hidden_size": 32},
+            "optimizer": {},
             "schedule": {"kind": "wsd", "warmup_steps": 1, "decay_steps": 1},
             "batch": {"sequences": 2, "micro_batch": 2},
             "steps": 1000,
-            "precision": "fp32",
             "checkpoints": {"every": 2},
             "logging": {"every": 1, "tensorboard": False},
-            "device": "cpu",
-            "threads": 1,
         }
         (folder / "pretrain.yaml").write_text(yaml.safe_dump(pretrain))
         recipe: dict[str, Any] = {

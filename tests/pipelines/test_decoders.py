@@ -54,7 +54,7 @@ def test_decoders_change_no_row_and_no_order(worker: UnitWorker, window: Window)
     assert list(results(worker)) == expected
     assert len(expected) == 42
     assert own_threads() == []
-    assert of(worker)._free.qsize() == decoders.PLACES
+    assert len(of(worker)._free) == decoders.PLACES
 
 
 def test_arrays_that_do_not_fit_or_find_no_place_come_through_pipes(
@@ -65,7 +65,7 @@ def test_arrays_that_do_not_fit_or_find_no_place_come_through_pipes(
     monkeypatch.setattr(decoders, "PLACE_BYTES", 2**12)
     worker.decoders = 2
     assert list(results(worker)) == expected
-    assert of(worker)._free.qsize() == 2
+    assert len(of(worker)._free) == 2
 
 
 def test_a_killed_decoder_fails_its_unit_and_the_next_try_goes_well(worker: UnitWorker) -> None:

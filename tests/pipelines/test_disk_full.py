@@ -7,7 +7,6 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,32 +17,8 @@ from pipelines.shards.storage import DiskFullError
 from pipelines.shards.verify import verify
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenizers.fetch import FetchError, fetch
+from tests.pipelines.disks import fill
 from tests.pipelines.jobs import run_units, text_recipe
-
-SIZE = 1_000_000
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of a megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(disk: Path, left: int) -> Path:
-    """Leave so many bytes free."""
-    file = disk / "filler"
-    with file.open("wb", buffering=0) as filler:
-        free = subprocess.run(["df", "--output=avail", "-B1", str(disk)], capture_output=True, text=True, check=True)
-        filler.write(bytes(max(0, int(free.stdout.split()[1]) - left)))
-    return file
 
 
 def check_committed(recipe: TokenizeRecipe) -> int:

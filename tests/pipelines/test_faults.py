@@ -24,12 +24,7 @@ from pipelines.shards.dataset import Dataset
 from pipelines.shards.storage import DiskFullError
 from tests.pipelines.corpora import make_dataset
 from tests.pipelines.stores import copy, object_store
-from tests.pipelines.test_pretrain import _losses, _recipe, _run, torch_weights
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return make_dataset(tmp_path_factory.mktemp("faults") / "tokens", units=3, rows=30)
+from tests.pipelines.training import losses_of, run_recipe, torch_weights, trained
 
 
 def _at(step: int, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
@@ -49,7 +44,7 @@ def test_a_step_that_is_not_a_number_changes_nothing_and_is_told(
 ) -> None:
     _at(5, monkeypatch, lambda grad: grad.mul_(float("nan")))
     with (tmp_path / "screen").open("w") as screen:
-        result = loop.run(_recipe(dataset, tmp_path / "run"), Console(file=screen))
+        result = loop.run(run_recipe(dataset, tmp_path / "run"), Console(file=screen))
     train = read_metrics(result.folder / "metrics.jsonl", "train")
     assert [r["step"] for r in train if "fault" in r] == [5]
     assert train[4]["fault"] == "not a number"
@@ -60,7 +55,15 @@ def test_a_step_that_is_not_a_number_changes_nothing_and_is_told(
 
 
 def _told(sums: torch.Tensor, counts: torch.Tensor) -> Losses:
-    return Losses(sums=sums.double(), counts=counts, squares=sums.double(), tokens=counts.sum())
+    sums = sums.double()
+    return Losses(
+        sums=sums,
+        counts=counts,
+        squares=sums,
+        tokens=counts.sum(),
+        dataset_sums=sums[None],
+        dataset_counts=counts[None],
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -144,7 +147,7 @@ def test_a_checkpoint_that_cannot_be_saved_is_told_and_the_run_goes_on(
 ) -> None:
     full_disk.append(8)
     with (tmp_path / "screen").open("w") as screen:
-        loop.run(_recipe(dataset, tmp_path / "run"), Console(file=screen))
+        loop.run(run_recipe(dataset, tmp_path / "run"), Console(file=screen))
     assert "NOT SAVED" in (tmp_path / "screen").read_text()
     assert [p.name for p in list_checkpoints(tmp_path / "run/checkpoints")] == ["step-00000004", "step-00000012"]
 
@@ -154,12 +157,12 @@ def test_two_in_a_row_end_the_run_and_the_last_good_one_stays(
 ) -> None:
     full_disk.extend([8, 12])
     with pytest.raises(DiskFullError):
-        _run(_recipe(dataset, tmp_path / "run"))
+        trained(run_recipe(dataset, tmp_path / "run"))
     assert [p.name for p in list_checkpoints(tmp_path / "run/checkpoints")] == ["step-00000004"]
     full_disk.clear()
-    assert _run(_recipe(dataset, tmp_path / "run")).resumed_from == 4
-    undisturbed = _run(_recipe(dataset, tmp_path / "undisturbed"))
-    assert _losses(tmp_path / "run") == _losses(undisturbed.folder)
+    assert trained(run_recipe(dataset, tmp_path / "run")).resumed_from == 4
+    undisturbed = trained(run_recipe(dataset, tmp_path / "undisturbed"))
+    assert losses_of(tmp_path / "run") == losses_of(undisturbed.folder)
 
 
 def test_a_disk_that_fills_up_leaves_nothing_of_the_checkpoint_and_is_named(
@@ -173,23 +176,23 @@ def test_a_disk_that_fills_up_leaves_nothing_of_the_checkpoint_and_is_named(
 
     monkeypatch.setattr(checkpoint.dcp, "save", full)
     with pytest.raises(DiskFullError, match=r"checkpoints: the disk is full.*those before it are whole"):
-        _run(_recipe(dataset, tmp_path / "run"))
+        trained(run_recipe(dataset, tmp_path / "run"))
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
 def test_a_run_trains_from_an_object_store_and_goes_on_there(dataset: Dataset, tmp_path: Path) -> None:
-    local = _run(_recipe(dataset, tmp_path / "local"))
+    local = trained(run_recipe(dataset, tmp_path / "local"))
     with object_store():
         copy(Path(dataset.uri), "s3://bucket/tokens")
-        recipe = _recipe(dataset, tmp_path / "run")
+        recipe = run_recipe(dataset, tmp_path / "run")
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"dataset": "s3://bucket/tokens"})})
-        _run(recipe)
-        assert _losses(tmp_path / "run") == _losses(local.folder)
+        trained(recipe)
+        assert losses_of(tmp_path / "run") == losses_of(local.folder)
         (tmp_path / "run/finished.json").unlink()
         last = list_checkpoints(tmp_path / "run/checkpoints")[-1]
         last.rename(last.with_name("gone"))
-        assert _run(recipe).resumed_from == 8
-        assert _losses(tmp_path / "run") == _losses(local.folder)
+        assert trained(recipe).resumed_from == 8
+        assert losses_of(tmp_path / "run") == losses_of(local.folder)
         index = Index.build(Dataset.open("s3://bucket/tokens"), 96)
         loader = Loader(index, sequences=4, micro_batch=4, seed=0, window_tokens=4000)
         with loader:
@@ -202,7 +205,7 @@ def test_a_run_trains_from_an_object_store_and_goes_on_there(dataset: Dataset, t
 
 def test_a_mixture_of_datasets_trains_validates_and_pins_versions(dataset: Dataset, tmp_path: Path) -> None:
     other = make_dataset(tmp_path / "other", units=2, rows=20, seed=9)
-    recipe = _recipe(dataset, tmp_path / "run")
+    recipe = run_recipe(dataset, tmp_path / "run")
     values = recipe.model_dump(mode="json")
     values["data"] |= {
         "dataset": "",
@@ -213,13 +216,18 @@ def test_a_mixture_of_datasets_trains_validates_and_pins_versions(dataset: Datas
         ],
     }
     recipe = type(recipe).model_validate(values)
-    result = _run(recipe)
+    result = trained(recipe)
     assert result.validation is not None
     assert len(result.validation.audio_codebooks) == 1
     (record,) = read_metrics(result.folder / "metrics.jsonl", "validation")[-1:]
     told = record["datasets"]
     assert set(told) == {"tokens", "other"}
+    train = read_metrics(result.folder / "metrics.jsonl", "train")
+    assert [set(r["datasets"]) for r in train] == [{"tokens", "other"}] * 5 + [{"other"}] * 7
+    for r in train:
+        parts = [each["image"] for each in r["datasets"].values()]
+        assert min(parts) - 1e-6 <= r["loss"]["image"] <= max(parts) + 1e-6
     low, high = sorted([told["tokens"]["image"], told["other"]["image"]])
     assert low < result.validation.image < high  # type: ignore[operator]
     assert "version: 2" in (result.folder / "recipe.yaml").read_text()
-    assert _run(recipe).already_finished
+    assert trained(recipe).already_finished

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.pretrain.faults import take_step
 from pipelines.pretrain.master_adamw import MasterAdamW, join, split_
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -57,6 +58,29 @@ def test_steps_are_those_of_adamw_in_float64(moments: torch.dtype, error: float)
     (master,) = optimizer.masters().values()
     assert (master - twin).norm() / twin.norm() < error
     assert torch.equal(weight.detach(), master.bfloat16())
+
+
+def test_a_step_that_is_not_to_be_taken_leaves_weight_master_moments_and_count() -> None:
+    weight, optimizer = started()
+    twin, undisturbed = started()
+    for step in range(6):
+        gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
+        weight.grad.copy_(gradient)  # type: ignore[union-attr]
+        if step in (0, 3):
+            weight.grad[0, 0] = float("nan")  # type: ignore[index]
+            before = weight.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
+        else:
+            twin.grad.copy_(gradient)  # type: ignore[union-attr]
+            undisturbed.step()
+        take_step(optimizer, torch.tensor(float(step in (0, 3))))
+        if step in (0, 3):
+            assert torch.equal(weight.detach(), before[0])
+            after = optimizer.state_dict()["state"]
+            assert all(torch.equal(after[0][name], value) for name, value in before[1][0].items())
+        optimizer.zero_grad()
+        undisturbed.zero_grad()
+    assert int(optimizer.state[weight]["step"]) == 4
+    assert torch.equal(*(next(iter(o.masters().values())) for o in (optimizer, undisturbed)))
 
 
 def test_steps_too_small_for_the_weight_add_up_in_the_master() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from model import UnifiedTransformer, UnifiedTransformerConfig
+from pipelines.launch import pretrain_cost
 from pipelines.pretrain.plan import Plan, describe, dry_run, make_plan
 from pipelines.pretrain.recipe import PretrainRecipe
 from pipelines.recipe import read_recipe
+from slurm.settings import ClusterRecipe
 
 
 def planned(name: str, *overrides: str, gpus: int = 1) -> tuple[Plan, PretrainRecipe]:
@@ -57,3 +59,13 @@ def test_planned_parameters_are_those_of_the_model() -> None:
         UnifiedTransformerConfig(**recipe.model.model_dump(), max_sequence_length=256, device="cpu")
     )
     assert plan.parameters == model.num_parameters()
+
+
+def test_what_a_cluster_job_takes_is_what_the_plan_says() -> None:
+    recipe = read_recipe(PretrainRecipe, "pretrain/small", ["data.dataset=/nowhere"])
+    cluster = ClusterRecipe.model_validate({"partition": "main", "nodes": 2, "gpus_per_node": 4, "time": "60"})
+    plan, _ = planned("pretrain/small", gpus=8)
+    text = pretrain_cost([recipe], cluster)
+    assert f"About {plan.gpu_hours:,.2g} GPU-hours on H200s, {plan.memory_gib:,.1f} GiB on each of 8" in text
+    assert "with the reference vocabularies" in text
+    assert "at most 8.0 GPU-hours (2 nodes of 4 GPUs for 60)" in text

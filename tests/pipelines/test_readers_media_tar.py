@@ -65,7 +65,7 @@ def contents(results: Iterable[object]) -> list[tuple[str, list[str | bytes]]]:
     found = []
     for item in results:
         assert isinstance(item, Document), item
-        found.append((item.source.partition("#")[2], [span.text or span.data for span in item.spans]))
+        found.append((item.source.partition("#")[2], [span.text or span.content for span in item.spans]))
     return found
 
 

@@ -15,16 +15,16 @@ from pipelines.pretrain.checkpoint import CheckpointError
 from pipelines.pretrain.export import load_model
 from pipelines.pretrain.run import RunResult
 from tests.pipelines.corpora import make_dataset
-from tests.pipelines.test_pretrain import _recipe, _run
+from tests.pipelines.training import run_recipe, trained
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunResult]:
     folder = tmp_path_factory.mktemp("runs")
     dataset = make_dataset(folder / "tokens", units=3, rows=30)
-    model = _recipe(dataset, folder).model.model_dump() | {"tie_text_embeddings": True}
+    model = run_recipe(dataset, folder).model.model_dump() | {"tie_text_embeddings": True}
     return [
-        _run(_recipe(dataset, folder / name, model=model, optimizer={"learning_rate": rate}, **more))
+        trained(run_recipe(dataset, folder / name, model=model, optimizer={"learning_rate": rate}, **more))
         for name, rate, more in (
             ("slow", 1e-3, {}),
             ("fast", 3e-3, {"checkpoints": {"every": 4, "export": True, "keep": 1, "keep_every": 4}}),

@@ -17,6 +17,7 @@ from benchmarks.exposed import exposed_ms
 from benchmarks.packed_workload import Step
 from benchmarks.scaling import table
 from model import PackedBatch, UnifiedTransformerConfig
+from pipelines.pretrain.by_dataset import Datasets
 from pipelines.pretrain.communication import Links, predict, traffic, work_of
 from pipelines.pretrain.optimizer import make_optimizer
 from pipelines.pretrain.parallelize import Ranks, ShardingError, build_model, join_ranks
@@ -72,6 +73,7 @@ def train(ranks: Ranks, sharding: ShardingSettings, precision: str = "fp32") -> 
                 rank_step(number, ranks.rank, ranks.world_size),  # type: ignore[arg-type]
                 {"text": 1.0, "image": 0.5, "audio": 2.0},
                 ranks,
+                Datasets(["data"]),
                 reshard_after_backward=sharding.reshard_after_backward,
             )
         losses.append((told.sums / told.counts.clamp(min=1)).tolist())
@@ -127,9 +129,9 @@ def test_every_sharding_learns_what_one_process_learns_and_sends_what_is_counted
         )  # fmt: skip
         for other in ranks:
             calls, size = dict(other[name]["calls"]), dict(other[name]["size"])
-            # Counts and sums of the losses: 4 numbers, and 6, of 8 bytes.
+            # Counts and sums of the losses: 4 numbers, and 9, of 8 bytes.
             calls["all_reduce"] -= 2
-            size["all_reduce"] -= 80
+            size["all_reduce"] -= 104
             assert {kind: calls.get(kind, 0) for kind in expected.calls} == dict(expected.calls), name
             assert {kind: size.get(kind, 0) for kind in expected.size} == dict(expected.size), name
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slurm import context
+
+if TYPE_CHECKING:
+    from pipelines.shards.writer import WrittenShard
+    from pipelines.tokenize.units import WorkUnit
 
 
 def hello(recipe: str, arguments: Sequence[str]) -> None:
@@ -44,6 +50,22 @@ def exit_with(recipe: str, arguments: Sequence[str]) -> None:
     """End with a code of its own, after so many seconds if they are named."""
     time.sleep(float(arguments[1]) if len(arguments) > 1 else 0)
     raise SystemExit(int(arguments[0]))
+
+
+def tokenize_on_named_gpus(recipe: str, arguments: Sequence[str]) -> None:
+    """Tokenize on GPUs that are there in name only, and write down which worker did what; `arguments`: that file."""
+    from pipelines.tokenize import main, pool
+
+    class Witness(pool.UnitWorker):
+        def run(self, unit: WorkUnit) -> WrittenShard:
+            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            with Path(arguments[0]).open("a") as file:
+                file.write(json.dumps([unit.source, os.uname().nodename, gpus]) + "\n")
+            return super().run(unit)
+
+    pool.GPU = "cpu"
+    pool.UnitWorker = Witness  # type: ignore[misc]
+    main(recipe)
 
 
 def full_disk(recipe: str, arguments: Sequence[str]) -> None:

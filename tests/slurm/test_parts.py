@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipelines.launch import read_cluster, sweep, swept
 from pipelines.recipe import RecipeError
 from slurm import code
+from slurm.checks import SubmissionError
 from slurm.commands import fields, outside_of_any_job
 from slurm.entry import resolve
 from slurm.logs import read
@@ -104,6 +105,35 @@ def test_scripts_are_valid_shell(tmp_path: Path) -> None:
     file = tmp_path / "script.sh"
     file.write_text(text)
     assert subprocess.run(["bash", "-n", str(file)], check=False).returncode == 0
+
+
+def test_nodes_of_several_kinds_become_one_job_with_one_step(tmp_path: Path) -> None:
+    kinds = {"nodes": 2, "gpus_per_node": 4, "cpus_per_task": 8, "partition": "gpu", "sbatch": {"exclusive": True}}
+    cluster = ClusterRecipe.model_validate({"cpus_per_task": 3, "account": "us", "time": "1:30:00", "groups": [kinds]})
+    for folder in (tmp_path / "job", tmp_path / "a job"):
+        text = script(Task(target="a:b", recipe="r", ray={}), cluster, folder)
+        first, _, rest = text.partition("#SBATCH hetjob\n")
+        second = [line for line in rest.splitlines() if line.startswith("#SBATCH ")]
+        assert "#SBATCH --cpus-per-task=3" in first
+        for words in ("partition=gpu", "account=us", "nodes=2", "gpus-per-node=4", "cpus-per-task=32", "time=90"):
+            assert f"#SBATCH --{words}" in second
+        assert {"#SBATCH --exclusive", "#SBATCH --no-kill", "#SBATCH --requeue"} <= set(second)
+        (step,) = (line for line in text.splitlines() if line.startswith("srun "))
+        said = subprocess.run(
+            ["bash", "-c", f'set -- {step.removeprefix("srun ")}; printf "%s\\n" "$@"'],
+            env={"SLURM_JOB_ID": "7"},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.splitlines()
+        parts = [said[: said.index(":")], said[said.index(":") + 1 :]]
+        for number, (part, cpus) in enumerate(zip(parts, (3, 32), strict=True)):
+            assert part[0] == f"--het-group={number}"
+            assert f"--cpus-per-task={cpus}" in part
+            assert f"{folder}/7_%t_log.out" in part
+            assert part[-1] == str(folder)
+    with pytest.raises(SubmissionError, match="groups: nodes of several kinds are for tokenization"):
+        script(Task(target="a:b", recipe="r"), cluster, tmp_path / "job")
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,12 @@ def test_jobs_come_after_others_and_never_after_a_failed_one(cluster: Cluster, t
     assert await_end(cluster, second) == "COMPLETED"
     assert await_end(cluster, third) == "CANCELLED"
     assert status(third.id).why == "a job that it was to come after has failed"
+    with pytest.raises(
+        SubmissionError, match=rf"after = {failing.id}: it has ended as FAILED, so .* resume {failing.id}`"
+    ):
+        submit(_task("hello"), settings, tmp_path / "jobs/fourth", after=[second.id, failing.id])
+    with pytest.raises(SubmissionError, match="after = 999999: neither the queue nor the accounting knows it"):
+        submit(_task("hello"), settings, tmp_path / "jobs/fourth", after=["999999"])
 
 
 def test_an_array_runs_each_of_its_recipes(cluster: Cluster, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pipelines.pretrain.recipe import PretrainRecipe
 from slurm.settings import ClusterRecipe
 from slurm.submission import JobHandle
 from tests.pipelines.corpora import make_dataset
+from tests.pipelines.training import TINY
 from tests.slurm.cluster import Cluster
 
 RANKS = {"nodes": 2, "tasks_per_node": 2}
@@ -27,21 +28,15 @@ def cluster_recipe(**changes: Any) -> ClusterRecipe:
 
 
 def training_recipe(dataset: Path, output: Path, **changes: Any) -> PretrainRecipe:
-    """24,512 parameters; a step takes some 100 ms on two nodes of two tasks."""
-    values: dict[str, Any] = {
+    """A tiny model; a step takes some 100 ms on two nodes of two tasks."""
+    values: dict[str, Any] = TINY | {
         "output": str(output),
         "data": {"dataset": str(dataset), "sequence_length": 96},
-        "model": {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "ffn_hidden_size": 64, "dropout": 0.1},
-        "optimizer": {"learning_rate": 3e-3},
-        "schedule": {"warmup_steps": 2},
         "batch": {"sequences": 8, "micro_batch": 2},
         # Over half a minute after a disturbance on any machine: SLURM looks at time limits that seldom.
         "steps": 600,
-        "precision": "fp32",
         "checkpoints": {"every": 20},
         "logging": {"every": 5, "tensorboard": False},
-        "device": "cpu",
-        "threads": 1,
     }
     return PretrainRecipe.model_validate(values | changes)
 
@@ -76,7 +71,8 @@ def await_(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
 
 def job_state(cluster: Cluster, job: JobHandle) -> str:
     """As the controller says it, such as RUNNING."""
-    return cluster.run("squeue", "-h", "-j", job.id, "-t", "all", "-o", "%T").strip()
+    # Of nodes of several kinds each has a line; the first counts.
+    return cluster.run("squeue", "-h", "-j", job.id, "-t", "all", "-o", "%T").partition("\n")[0].strip()
 
 
 def await_end(cluster: Cluster, job: JobHandle, timeout_s: float = 420) -> str:

@@ -1,0 +1,33 @@
+"""What tests share: disks, and a dataset and a run on it that are made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.pretrain.run import RunResult
+from pipelines.shards.dataset import Dataset
+from tests.pipelines.corpora import make_dataset
+from tests.pipelines.disks import small_disk
+from tests.pipelines.training import run_recipe, trained
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Documents of all modalities; nobody adds to it."""
+    return make_dataset(tmp_path_factory.mktemp("pretrain") / "tokens", units=3, rows=30)
+
+
+@pytest.fixture(scope="session")
+def finished(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """An undisturbed run of `run_recipe`; nobody writes to it."""
+    return trained(run_recipe(dataset, tmp_path_factory.mktemp("undisturbed") / "run"))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a megabyte."""
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
