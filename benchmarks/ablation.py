@@ -63,6 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", type=Path, help="make the file of documents, and stop")
     parser.add_argument("--dataset", help="with --write: a token dataset")
+    parser.add_argument(
+        "--most-tokens", type=int, default=8_000_000, help="with --write: about a byte each in the file"
+    )
     parser.add_argument("--tokens", type=Path)
     parser.add_argument("--out", type=Path, default=Path("ablation.jsonl"))
     parser.add_argument("--steps", type=int, default=400)
@@ -74,7 +77,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     if arguments.write:
-        documents = write_documents(arguments.dataset or _real_tokens(), arguments.write)
+        documents = write_documents(arguments.dataset or _real_tokens(), arguments.write, arguments.most_tokens)
         megabytes = arguments.write.stat().st_size / 1e6
         print(
             f"{arguments.write}: {documents.tokens:,} tokens of {len(documents.ends):,} documents, {megabytes:.1f} MB"

@@ -84,18 +84,22 @@ class Documents:
         return Step(batches, sum(end - start for row in rows for start, end in row))
 
 
-def write_documents(dataset: str, file: Path) -> Documents:
-    """Put a dataset's documents into a file. Needs what reads a dataset."""
+def write_documents(dataset: str, file: Path, most_tokens: int) -> Documents:
+    """Put a dataset's documents into a file, about so many tokens of them, drawn at random. Needs what reads a dataset."""
     from pipelines.sequence import Modality
     from pipelines.shards.dataset import Dataset
     from pipelines.shards.split import is_validation
 
     opened = Dataset.open(dataset)
+    share = min(1.0, most_tokens / max(1, opened.statistics().tokens()))
+    rng = np.random.default_rng(0)
     tokens: list[np.ndarray] = []
     modalities: list[np.ndarray] = []
     held_out: list[bool] = []
     for batch in opened.read(["token_ids", "modality_ids", "source"]):
         for row in batch.to_pylist():
+            if rng.random() >= share:
+                continue
             tokens.append(np.array(row["token_ids"], np.uint16))
             modalities.append(np.array(row["modality_ids"], np.int8))
             # A dataset without a split gets one.
