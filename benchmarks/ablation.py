@@ -63,21 +63,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", type=Path, help="make the file of documents, and stop")
     parser.add_argument("--dataset", help="with --write: a token dataset")
-    parser.add_argument(
-        "--most-tokens", type=int, default=8_000_000, help="with --write: about a byte each in the file"
-    )
+    parser.add_argument("--text-share", type=float, default=0.4, help="with --write: tokens of documents without media")
     parser.add_argument("--tokens", type=Path)
     parser.add_argument("--out", type=Path, default=Path("ablation.jsonl"))
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--rows", type=int, default=16, help="of a step")
+    parser.add_argument("--rows", type=int, default=8, help="of a step")
     parser.add_argument("--minutes", type=float, default=7.5, help="no run is begun that would not be done by then")
     parser.add_argument("--plot", type=Path, help="results to draw, and stop")
     parser.add_argument("--to", type=Path, default=Path("docs/ablation.svg"))
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     if arguments.write:
-        documents = write_documents(arguments.dataset or _real_tokens(), arguments.write, arguments.most_tokens)
+        documents = write_documents(arguments.dataset or _real_tokens(), arguments.write, arguments.text_share)
         megabytes = arguments.write.stat().st_size / 1e6
         print(
             f"{arguments.write}: {documents.tokens:,} tokens of {len(documents.ends):,} documents, {megabytes:.1f} MB"

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--rows", type=int, default=16, help="of a step")
+    parser.add_argument("--rows", type=int, default=8, help="of a step")
     parser.add_argument("--out", type=Path, default=Path("float8_curve.jsonl"))
     parser.add_argument("--plot", type=Path, help="results to draw, and stop")
     parser.add_argument("--to", type=Path, default=Path("docs/float8.svg"))

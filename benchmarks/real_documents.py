@@ -1,7 +1,7 @@
 """Real documents in one small file, for training on machines that have neither a dataset nor what reads one.
 
 Enters: a token dataset. Leaves: a file of a few MB, and steps of packed rows from it. Always holds: media spans are never
-cut; every run gets the same rows in the same order; held-out documents are those of the dataset's validation split.
+cut; every run gets the same rows in the same order; a twentieth of the documents is held out, by source.
 """
 
 from __future__ import annotations
@@ -84,26 +84,33 @@ class Documents:
         return Step(batches, sum(end - start for row in rows for start, end in row))
 
 
-def write_documents(dataset: str, file: Path, most_tokens: int) -> Documents:
-    """Put a dataset's documents into a file, about so many tokens of them, drawn at random. Needs what reads a dataset."""
+HELD_OUT = 0.05
+"""Share of the documents."""
+
+
+def write_documents(dataset: str, file: Path, text_share: float) -> Documents:
+    """Put a dataset's documents into a file: all that have media, and texts, drawn at random, up to a share of the tokens.
+
+    Needs what reads a dataset.
+    """
     from pipelines.sequence import Modality
     from pipelines.shards.dataset import Dataset
     from pipelines.shards.split import is_validation
 
     opened = Dataset.open(dataset)
-    share = min(1.0, most_tokens / max(1, opened.statistics().tokens()))
-    rng = np.random.default_rng(0)
-    tokens: list[np.ndarray] = []
-    modalities: list[np.ndarray] = []
-    held_out: list[bool] = []
+    chosen: list[tuple[np.ndarray, np.ndarray, bool]] = []
+    texts: list[tuple[np.ndarray, np.ndarray, bool]] = []
     for batch in opened.read(["token_ids", "modality_ids", "source"]):
         for row in batch.to_pylist():
-            if rng.random() >= share:
-                continue
-            tokens.append(np.array(row["token_ids"], np.uint16))
-            modalities.append(np.array(row["modality_ids"], np.int8))
-            # A dataset without a split gets one.
-            held_out.append(is_validation(row["source"], opened.validation_share or 0.05))
+            ids, modalities = np.array(row["token_ids"], np.uint16), np.array(row["modality_ids"], np.int8)
+            (chosen if modalities.any() else texts).append((ids, modalities, is_validation(row["source"], HELD_OUT)))
+    media = sum(len(ids) for ids, _, _ in chosen)
+    room = media * text_share / (1 - text_share) if media else float("inf")
+    for index in np.random.default_rng(0).permutation(len(texts)):
+        if len(texts[index][0]) <= room:
+            chosen.append(texts[index])
+            room -= len(texts[index][0])
+    tokens, modalities_of, held_out = ([part[i] for part in chosen] for i in range(3))
     if max(opened.vocabulary.size(m) for m in Modality) > 1 << 16:
         raise ValueError(f"{dataset}: a vocabulary has more than 65,536 ids, which this file has no room for")
     sizes = {m.label: max(1, opened.vocabulary.size(m)) for m in Modality}
@@ -111,7 +118,7 @@ def write_documents(dataset: str, file: Path, most_tokens: int) -> Documents:
     np.savez_compressed(
         file,
         token_ids=np.concatenate(tokens),
-        modality_ids=np.concatenate(modalities),
+        modality_ids=np.concatenate(modalities_of),
         ends=np.cumsum([len(t) for t in tokens]),
         held_out=np.array(held_out),
         about=np.array(json.dumps({"dataset": dataset, "vocab_sizes": sizes})),
