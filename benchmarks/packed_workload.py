@@ -91,24 +91,23 @@ def executed_flops(config: UnifiedTransformerConfig, step: Step) -> float:
     """Floating-point operations that a step really takes, padding included: attention inside documents only, causal, and each
     head at its targets only."""
     D, L = config.hidden_size, config.num_layers
-    total = 0.0
+    total = attention_flops(config, step)
     for batch in step.micro_batches:
-        starts = batch.cu_seqlens.double()
         total += 6 * batch.token_ids.numel() * L * (4 * D * D + 2 * D * config.ffn_hidden_size)
-        total += 6 * L * D * float((starts.diff() ** 2).sum())
         total += 6 * D * sum(len(batch.targets[name].ids) * config.vocab_sizes[name] for name in MODALITIES)
     return total
+
+
+def attention_flops(config: UnifiedTransformerConfig, step: Step) -> float:
+    """Of these, those of attention: queries and keys of one document, causal."""
+    pairs = sum(float((batch.cu_seqlens.double().diff() ** 2).sum()) for batch in step.micro_batches)
+    return 6 * config.num_layers * config.hidden_size * pairs
 
 
 def _batch(
     config: UnifiedTransformerConfig, rows: list[list[int]], length: int, rng: np.random.Generator
 ) -> PackedBatch:
-    B = len(rows)
-    modality_ids = np.zeros((B, length), np.int64)
-    positions = np.zeros((B, length), np.int64)
-    # 1 where the token is followed by another one of its document.
-    followed = np.zeros((B, length), bool)
-    starts: list[int] = []
+    modality_ids = np.zeros((len(rows), length), np.int64)
     for b, row in enumerate(rows):
         at = 0
         for document in row:
@@ -116,6 +115,27 @@ def _batch(
             image = round(document * SHARES["image"])
             modality_ids[b, at + text : at + text + image] = 1
             modality_ids[b, at + text + image : at + document] = 2
+            at += document
+    sizes = np.array([config.vocab_sizes[name] for name in MODALITIES])
+    return packed_batch(_tokens(modality_ids, sizes, rng), modality_ids, rows)
+
+
+def packed_batch(token_ids: np.ndarray, modality_ids: np.ndarray, rows: list[list[int]]) -> PackedBatch:
+    """A batch of documents that lie one after the other in each row.
+
+    Args:
+        token_ids: int64 [B, T].
+        modality_ids: int64 [B, T].
+        rows: lengths of the documents of each row; what is left of it is padding.
+    """
+    B, length = token_ids.shape
+    positions = np.zeros((B, length), np.int64)
+    # 1 where the token is followed by another one of its document.
+    followed = np.zeros((B, length), bool)
+    starts: list[int] = []
+    for b, row in enumerate(rows):
+        at = 0
+        for document in row:
             positions[b, at : at + document] = np.arange(document)
             followed[b, at : at + document - 1] = True
             starts.append(b * length + at)
@@ -123,8 +143,6 @@ def _batch(
         if at < length:
             positions[b, at:] = np.arange(length - at)
             starts.append(b * length + at)
-    sizes = np.array([config.vocab_sizes[name] for name in MODALITIES])
-    token_ids = _tokens(modality_ids, sizes, rng)
     cu_seqlens = np.full(B * (length // 256 + 2) + 1, B * length, np.int32) if length >= 256 else None
     if cu_seqlens is None or len(starts) >= len(cu_seqlens):
         cu_seqlens = np.full(len(starts) + 1, B * length, np.int32)

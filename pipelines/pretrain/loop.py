@@ -72,7 +72,11 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
     claim_folder(recipe)
     if finished := _finished(recipe):
         return finished
-    with lost_ranks(), join_ranks(recipe.device, recipe.threads) as ranks, hold_folder(Path(recipe.output), ranks):
+    with (
+        lost_ranks(),
+        join_ranks(recipe.device, recipe.threads, recipe.faults.hang_s) as ranks,
+        hold_folder(Path(recipe.output), ranks),
+    ):
         # Again, because whoever held the folder until now may have pinned a version, or finished the run.
         recipe = claim_folder(recipe)
         if finished := _finished(recipe):
@@ -96,6 +100,7 @@ def _train(
         compile_blocks=recipe.compile,
         masters=recipe.masters,
         recompute=recipe.recompute,
+        sharding=recipe.sharding,
     )
     share_codebook_directions(model, vocabulary, recipe.seed)
     optimizer = make_optimizer(model, recipe.optimizer)
@@ -145,7 +150,9 @@ def _train(
             seed_step(recipe.seed, step, ranks.rank)
             with metrics.waiting():
                 batch = next(loader)
-            losses = forward_backward(model, batch, weights, ranks, datasets)
+            losses = forward_backward(
+                model, batch, weights, ranks, datasets, reshard_after_backward=recipe.sharding.reshard_after_backward
+            )
             if _due(step, recipe.logging.every, total):
                 metrics.write("telemetry", step, by_modality(model, losses))
             norm = clip_gradients(model, recipe.gradient_clip)

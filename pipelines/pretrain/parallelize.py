@@ -3,17 +3,20 @@
 Enters: the environment of `torchrun` or `srun` if there is one, and a model's configuration. Leaves: `Ranks`, and a model
 that is sharded by FSDP2, or for one rank with bfloat16 weights the model as it is: a second copy of its weights, which FSDP2
 would make, is 14 GiB at 7.6 B. Always holds: the wrapping order is activation checkpointing, compilation, sharding;
-parameter names stay those of the bare model; the initial weights are the same for any number of ranks.
+parameter names stay those of the bare model; the initial weights are the same for any number of ranks. What travels between
+ranks is counted in `communication`.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,9 +28,20 @@ from torch.utils.checkpoint import checkpoint
 from model import UnifiedTransformer, UnifiedTransformerConfig, float8
 from model.fused import runs_fused
 
+if TYPE_CHECKING:
+    from pipelines.pretrain.recipe import ShardingSettings
+
+_FAREWELL_S = 60.0
+"""How long the ranks that are left may take to let go of each other when one is gone."""
+_NEVER = timedelta(days=365)
+
 
 class DeviceError(RuntimeError):
     """The device that the recipe asks for is not there."""
+
+
+class ShardingError(ValueError):
+    """The model cannot be spread over these ranks as the recipe says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +72,14 @@ class Ranks:
 
 
 @contextmanager
-def join_ranks(device: str = "auto", threads: int | None = None) -> Iterator[Ranks]:
+def join_ranks(device: str = "auto", threads: int | None = None, hang_s: float = 1800.0) -> Iterator[Ranks]:
     """Become one of the ranks that the environment names (`RANK`, `WORLD_SIZE`, ...), or the only one.
 
     Args:
         device: "cpu", "cuda", or "auto", which prefers CUDA.
         threads: CPU threads of this process; None leaves torch's choice.
+        hang_s: after so long `pipelines.pretrain.faults.Watchdog` ends a rank that waits, its stacks written down. Torch's
+            own limit, which writes none and is 10 minutes for NCCL, comes after it. 0 is none.
 
     Raises:
         DeviceError: "cuda" is asked for and there is none.
@@ -80,15 +96,22 @@ def join_ranks(device: str = "auto", threads: int | None = None) -> Iterator[Ran
         # Else an embedding's gradient may add up in another order, and a resumed run would differ in the last bit.
         torch.use_deterministic_algorithms(True)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    limit = timedelta(seconds=1.5 * hang_s + 60) if hang_s else _NEVER
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=limit)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    world_size = dist.get_world_size()
     try:
-        world_size = dist.get_world_size()
         mesh = init_device_mesh(kind, (world_size,), mesh_dim_names=("dp_shard",))
         here = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
         yield Ranks(dist.get_rank(), world_size, here, mesh)
+    except BaseException:
+        if world_size > 1 and kind == "cuda":
+            # Kernels of NCCL wait on the device for a rank that is gone, and may keep this process from ending. Nobody calls
+            # this off: the process ends before, or it is ended, its stacks on stderr.
+            faulthandler.dump_traceback_later(_FAREWELL_S, exit=True)
+        raise
     finally:
         dist.destroy_process_group()
         torch.use_deterministic_algorithms(deterministic)
@@ -108,6 +131,7 @@ def build_model(
     compile_blocks: bool = False,
     masters: str = "parameters",
     recompute: str = "all",
+    sharding: ShardingSettings | None = None,
 ) -> ShardedTransformer:
     """A sharded, initialized model whose `loss` and `token_losses` may be called like `forward`.
 
@@ -118,6 +142,10 @@ def build_model(
         compile_blocks: compile each block.
         masters: "parameters" are fp32; or they are bf16, and the "optimizer" keeps the masters.
         recompute: what those blocks compute again, "all" or "feed_forward".
+        sharding: how the model is spread over ranks; None is over all of them, with the defaults of a recipe.
+
+    Raises:
+        ShardingError: `sharding.dp_shard` does not divide the number of ranks.
     """
     with torch.device("meta"):
         model = UnifiedTransformer(config)
@@ -151,18 +179,45 @@ def build_model(
         model.to_empty(device=ranks.device)
         model.reset_parameters(seed)
         return cast(ShardedTransformer, model)
+    mesh = _mesh(ranks, sharding.dp_shard if sharding else None)
+    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy)
     # Alone there is nothing to gain from giving up gathered weights before the backward pass.
-    shard = functools.partial(
-        fully_shard, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=ranks.world_size > 1
-    )
+    reshard = mesh.size(mesh.ndim - 1) > 1 and (sharding is None or sharding.reshard_after_forward)
     for block in model.blocks:
-        shard(block)
-    shard(model)
+        shard(block, reshard_after_forward=reshard)
+    # What the root holds, embeddings and heads, is used last in the forward pass and first in the backward pass.
+    shard(model, reshard_after_forward=False)
+    _gather_ahead(model, sharding.prefetch if sharding else 1)
     for method in ("loss", "token_losses", "attention_peaks"):
         register_fsdp_forward_method(model, method)
     model.to_empty(device=ranks.device)
     model.reset_parameters(seed)
     return cast(ShardedTransformer, model)
+
+
+def _mesh(ranks: Ranks, dp_shard: int | None) -> DeviceMesh:
+    """All ranks in a row, or, for several copies of the model, copies x ranks of one copy, which are neighbours."""
+    if dp_shard is None or dp_shard == ranks.world_size:
+        return ranks.mesh
+    if ranks.world_size % dp_shard:
+        raise ShardingError(
+            f"sharding.dp_shard is {dp_shard}, and there are {ranks.world_size} ranks: it must divide them; set it to null "
+            "to spread one copy of the model over all of them"
+        )
+    shape = (ranks.world_size // dp_shard, dp_shard)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+
+
+def _gather_ahead(model: UnifiedTransformer, count: int) -> None:
+    """Have the next blocks gathered while one is computed, in both directions; the next one is FSDP2's own doing."""
+    if count == 1:
+        return
+    blocks: list[Any] = list(model.blocks)
+    for number, block in enumerate(blocks):
+        if after := blocks[number + 1 : number + 1 + count]:
+            block.set_modules_to_forward_prefetch(after)
+        if before := blocks[max(0, number - count) : number][::-1]:
+            block.set_modules_to_backward_prefetch(before)
 
 
 def _runs_fused(config: UnifiedTransformerConfig, ranks: Ranks, precision: str) -> bool:

@@ -4,7 +4,7 @@
 
 Enters: a recipe, the model it describes, the number of ranks. Leaves: a `Plan`. Always holds: nothing is allocated; memory is
 counted from what the code keeps, and was compared with what was measured (docs/decisions/0011). It is what torch allocates:
-the CUDA context takes about 0.6 GiB besides.
+the CUDA context takes about 0.6 GiB besides. What several GPUs lose to each other is `communication`'s prediction.
 
 Shapes: P parameters, L layers, D hidden, F feed-forward, T tokens of a micro-batch on one rank.
 """
@@ -20,6 +20,7 @@ import torch
 
 from model import UnifiedTransformerConfig
 from model.fused import fused_unavailable
+from pipelines.pretrain.communication import Prediction, predict, work_of
 
 if TYPE_CHECKING:
     from pipelines.pretrain.recipe import PretrainRecipe
@@ -43,6 +44,8 @@ class Plan:
     tokens_per_second: float
     """Of all ranks together."""
     gpus: int
+    step: Prediction
+    """What travels between ranks, and what it costs (docs/scaling.md)."""
 
     @property
     def memory_gib(self) -> float:
@@ -72,14 +75,23 @@ def make_plan(
     # A block computed again adds its forward pass, a third of its work; its feed-forward's hidden layer a third of that.
     recomputed = len(_recomputing(recipe, config)) / config.num_layers
     again = recomputed * (1 / 3 if recipe.recompute == "all" else 1 / 9)
-    rate = tflops * 1e12 * SHARE_OF_PRODUCTS
+    rate = tflops * 1e12 * SHARE_OF_PRODUCTS / (1 + again)
+    micro_batches = max(1, recipe.batch.sequences // (recipe.batch.micro_batch * gpus))
+    step = predict(
+        config,
+        work_of(config, tokens=recipe.batch.micro_batch * length, length=length, flops_s=rate),
+        ranks=gpus,
+        sharding=recipe.sharding,
+        micro_batches=micro_batches,
+    )
     return Plan(
         parameters=config.num_parameters(),
         flops_per_token=flops,
         memory={name: size for name, size in _memory(recipe, config, gpus).items() if size},
         tokens=recipe.total_steps * recipe.tokens_per_step,
-        tokens_per_second=gpus * rate / (flops["causal"] * (1 + again)),
+        tokens_per_second=gpus * rate / flops["causal"] * step.efficiency,
         gpus=gpus,
+        step=step,
     )
 
 
@@ -90,19 +102,23 @@ def _memory(recipe: PretrainRecipe, config: UnifiedTransformerConfig, gpus: int)
     moment = 2 if recipe.optimizer.moments == "bf16" else 4
     fused = runs_fused_on_gpu(config, recipe)
     accumulates = recipe.batch.sequences // (recipe.batch.micro_batch * gpus) > 1
+    sharding, shards = recipe.sharding, recipe.sharding.dp_shard or gpus
     largest = _block_parameters(config)
     parts: dict[str, float] = {}
     if recipe.masters == "optimizer" and gpus == 1 and (fused or not recipe.compile):
         parts |= {"weights": 2 * P, "masters": 2 * P, "gradients": 4 * P}
     else:
         own = 2 if recipe.masters == "optimizer" else 4
-        parts["weights"] = own * P / gpus
-        parts["masters"] = 2 * P / gpus if recipe.masters == "optimizer" else 0
-        # FSDP2 gathers weights in the compute type: for one rank it keeps them, else those of two blocks and the root's.
-        parts["gathered weights"] = compute * (P if gpus == 1 else 2 * largest + P - config.num_layers * largest)
+        parts["weights"] = own * P / shards
+        parts["masters"] = 2 * P / shards if recipe.masters == "optimizer" else 0
+        # FSDP2 gathers weights in the compute type: for one rank it keeps them, else those of the block at work, of those
+        # that are gathered ahead, and the root's.
+        all_stay = shards == 1 or not sharding.reshard_after_forward
+        at_once = (1 + sharding.prefetch) * largest + P - config.num_layers * largest
+        parts["gathered weights"] = compute * (P if all_stay else at_once)
         # Until the last micro-batch, sums of gradients stay whole on each rank.
-        parts["gradients"] = 4 * P if accumulates else own * P / gpus + 4 * largest
-    parts["moments"] = 2 * moment * P / gpus
+        parts["gradients"] = 4 * P if accumulates else own * P / shards + 4 * largest
+    parts["moments"] = 2 * moment * P / shards
     parts["activations"] = _activations(recipe, config, T, compute, fused)
     vocabulary = sum(config.vocab_sizes.values())
     chunk = min(config.loss_chunk_tokens, T)
@@ -210,9 +226,28 @@ def describe(plan: Plan, recipe: PretrainRecipe) -> str:
         ("memory a rank", f"{plan.memory_gib:.1f} GiB at its peak"),
         *((f"  {name}", f"{size / 2**30:.1f} GiB") for name, size in plan.memory.items()),
         ("speed", f"about {plan.tokens_per_second:,.0f} tokens/s on {plan.gpus} GPU{'s' if plan.gpus > 1 else ''}"),
+        *_travel(plan),
         ("time", f"about {_duration(plan.seconds)}, {plan.gpu_hours:,.1f} GPU-hours"),
     ]
     return "\n".join(f"{name:<28}{value}" for name, value in rows)
+
+
+def _travel(plan: Plan) -> list[tuple[str, str]]:
+    """What a rank sends and receives in a step, and what that costs; nothing for one rank."""
+    if plan.gpus == 1:
+        return []
+    step, told = plan.step, plan.step.traffic
+    kinds = ", ".join(
+        f"{told.calls[kind]} x {kind.replace('_', '-')} of {told.size[kind] / 2**30:,.1f} GiB in all"
+        for kind in told.calls
+        if told.calls[kind]
+    )
+    parts = {"waiting": step.exposed, "slowed": step.slowed, "copies": step.copies}
+    shares = ", ".join(f"{name} {seconds / step.step:.1%}" for name, seconds in parts.items())
+    return [
+        ("between ranks, a step", kinds),
+        ("", f"{step.efficiency:.1%} of a GPU alone ({shares}), with the links of docs/scaling.md"),
+    ]
 
 
 def _duration(seconds: float) -> str:

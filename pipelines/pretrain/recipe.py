@@ -100,6 +100,22 @@ class BatchSettings(Settings):
     """Sequences that a rank computes at once; the rest of its share is accumulated."""
 
 
+class ShardingSettings(Settings):
+    """How weights, gradients and moments are spread over ranks. It changes speed and memory, not what is learned."""
+
+    dp_shard: int | None = Field(default=None, ge=1)
+    """Ranks that hold one copy of everything together (FSDP); null is all of them. Fewer, as the 8 GPUs of a node, hold as
+    many copies as it takes (HSDP): weights then travel within a group, and only gradients between groups."""
+    reshard_after_forward: bool = True
+    """Give up the gathered weights of a block when its forward pass is done, and gather them again for the backward pass.
+    false keeps the whole model in the compute type on each rank, and saves half of what is gathered."""
+    reshard_after_backward: bool = True
+    """false keeps what is gathered until the last micro-batch of a step; together with `reshard_after_forward: false` weights
+    travel once a step."""
+    prefetch: int = Field(default=1, ge=1)
+    """Blocks gathered ahead of the one that is computed. 1 is enough where a block takes longer than its weights travel."""
+
+
 class LossWeights(Settings):
     """What a target of each modality counts in the loss."""
 
@@ -168,6 +184,7 @@ class PretrainRecipe(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     batch: BatchSettings = BatchSettings()
+    sharding: ShardingSettings = ShardingSettings()
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps of the run. Give either this or `tokens`."""
     tokens: int | None = Field(default=None, ge=1)

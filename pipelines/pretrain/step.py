@@ -43,13 +43,20 @@ class Losses:
 
 
 def forward_backward(
-    model: ShardedTransformer, batch: StepBatch, weights: Mapping[str, float], ranks: Ranks, datasets: Datasets
+    model: ShardedTransformer,
+    batch: StepBatch,
+    weights: Mapping[str, float],
+    ranks: Ranks,
+    datasets: Datasets,
+    *,
+    reshard_after_backward: bool = True,
 ) -> Losses:
     """Add the gradients of a rank's share of the step, averaged over ranks by FSDP2 where it shards the model.
 
     Args:
         weights: of each modality's targets.
         datasets: that the batch may be from.
+        reshard_after_backward: see `ShardingSettings`; after the last micro-batch weights are always given up.
     """
     micro_batches = batch.micro_batches
     rows = [datasets.of_rows(sources) for sources in batch.sources]
@@ -64,7 +71,10 @@ def forward_backward(
     for number, (micro_batch, row) in enumerate(zip(micro_batches, rows, strict=True), start=1):
         # Gradients travel between ranks once a step.
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(number == len(micro_batches))
+            last = number == len(micro_batches)
+            model.set_requires_gradient_sync(last)
+            if not reshard_after_backward:
+                model.set_reshard_after_backward(last)
         loss = model.loss(
             micro_batch.to(ranks.device, non_blocking=True),
             weights=weights,

@@ -20,8 +20,8 @@ def tell_spikes(
     """
     compute = loop.forward_backward
 
-    def told(model: Any, batch: Any, *more: Any) -> Any:
-        losses = compute(model, batch, *more)
+    def told(model: Any, batch: Any, *more: Any, **named: Any) -> Any:
+        losses = compute(model, batch, *more, **named)
         if sum(batch.after.taken.values()) // sequences in batches:
             losses.sums.mul_(1e6)
         return losses

@@ -84,10 +84,10 @@ class _KilledError(Exception):
 def _killed(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     compute, calls = loop.forward_backward, itertools.count(1)
 
-    def dying(*arguments: Any) -> Any:
+    def dying(*arguments: Any, **named: Any) -> Any:
         if next(calls) == at:
             raise _KilledError
-        return compute(*arguments)
+        return compute(*arguments, **named)
 
     monkeypatch.setattr(loop, "forward_backward", dying)
 
