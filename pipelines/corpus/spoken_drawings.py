@@ -80,7 +80,7 @@ def prepare(
         CorpusError: a package or a voice is missing, or `out` holds something else.
     """
     if unknown := sorted(set(speakers) - set(voices())):
-        raise CorpusError(f"voices: espeak-ng has no {', '.join(unknown)}; it has {', '.join(voices())}")
+        raise CorpusError(f"espeak-ng has no voice {', '.join(unknown)}; it has {', '.join(voices())}")
     root = package(PACKAGE, cache, packages_folder) / "usr/share/openclipart/png"
     names = sorted(file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("*.png"))
     if not names:

@@ -98,7 +98,7 @@ def test_fewer_drawings_are_spread_over_the_folders(packages: Path, tmp_path: Pa
 
 
 def test_bad_wishes_are_refused(packages: Path, tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"voices: espeak-ng has no klingonese; it has .*de.*en-US"):
+    with pytest.raises(CorpusError, match=r"espeak-ng has no voice klingonese; it has .*de.*en-US"):
         prepare(tmp_path / "out", tmp_path, speakers=["klingonese"], packages_folder=packages)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter").touch()
