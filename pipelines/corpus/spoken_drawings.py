@@ -34,6 +34,7 @@ PACKAGE = "openclipart-png"
 VOICES = ("en", "en-US", "de", "fr", "es", "it", "pt", "pl")
 
 _SIDE = 128
+_MOST_PIXELS = 100_000_000
 _RATE_HZ = 16_000
 _DRAWINGS = 128
 """Of one tar."""
@@ -115,7 +116,8 @@ def _write_tar(root: Path, speakers: Sequence[str], chunk: tuple[Path, list[str]
     import soxr
 
     file, names = chunk
-    pictures = [_picture(root / f"{name}.png") for name in names]
+    found = {name: picture for name in names if (picture := _picture(root / f"{name}.png"))}
+    names, pictures = list(found), list(found.values())
     captions = [caption(name) for name in names]
     seconds = 0.0
     partial_file = file.with_suffix(".part")
@@ -143,11 +145,17 @@ def _write_tar(root: Path, speakers: Sequence[str], chunk: tuple[Path, list[str]
     return seconds
 
 
-def _picture(file: Path) -> bytes:
+def _picture(file: Path) -> bytes | None:
+    """A small version; None of one that would take more than 400 MB to read, of which the package has one."""
     from PIL import Image
 
-    with Image.open(file) as opened:
-        picture = opened.convert("RGBA")
+    try:
+        with Image.open(file) as opened:
+            if opened.width * opened.height > _MOST_PIXELS:
+                return None
+            picture = opened.convert("RGBA")
+    except Image.DecompressionBombError:
+        return None
     picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     data = io.BytesIO()
     picture.save(data, "PNG", optimize=True)

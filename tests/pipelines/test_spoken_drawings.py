@@ -91,6 +91,14 @@ def test_the_same_bytes_come_out_again_and_what_is_missing_is_made(
         prepare(out, tmp_path, speakers=["de"], packages_folder=packages)
 
 
+def test_a_drawing_that_is_too_large_is_left_out(packages: Path, tmp_path: Path) -> None:
+    root = packages / "openclipart-png/usr/share/openclipart/png"
+    Image.new("1", (20_000, 10_000)).save(root / "food/wall.png")
+    Image.new("1", (11_000, 10_000)).save(root / "food/floor.png")
+    out = prepare(tmp_path / "out", tmp_path, speakers=["en"], packages_folder=packages, processes=1)
+    assert len(_documents(out)) == 5
+
+
 def test_fewer_drawings_are_spread_over_the_folders(packages: Path, tmp_path: Path) -> None:
     out = prepare(tmp_path / "out", tmp_path, speakers=["en"], drawings=3, packages_folder=packages, processes=1)
     assert json.loads((out / "spoken-drawings.json").read_text()) == {"voices": ["en"], "drawings": 3, "of": 5}
