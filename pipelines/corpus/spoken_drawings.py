@@ -1,4 +1,4 @@
-"""Drawings whose names are written and spoken: 8,121 in the public domain, each caption by several voices of espeak-ng.
+"""Drawings whose names are written and spoken: 8,105 in the public domain, each caption by several voices of espeak-ng.
 
     python -m pipelines.corpus.spoken_drawings --out corpus [--voices en,de,fr] [--drawings N] [--packages DIR]
 
@@ -146,7 +146,7 @@ def _write_tar(root: Path, speakers: Sequence[str], chunk: tuple[Path, list[str]
 
 
 def _picture(file: Path) -> bytes | None:
-    """A small version; None of one that has more pixels than Pillow thinks sane, of which the package has two."""
+    """A small version; None of one that has more pixels than Pillow thinks sane, of which the package has 16."""
     from PIL import Image
 
     try:
