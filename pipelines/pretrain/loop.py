@@ -35,6 +35,7 @@ from pipelines.pretrain.initialization import share_codebook_directions
 from pipelines.pretrain.interruption import Interruption, lost_ranks
 from pipelines.pretrain.metrics import Metrics
 from pipelines.pretrain.mfu import peak_of
+from pipelines.pretrain.mirror import Mirror, restore
 from pipelines.pretrain.optimizer import make_optimizer, set_learning_rate
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer, build_model, join_ranks
 from pipelines.pretrain.plan import make_plan
@@ -77,6 +78,7 @@ def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
         join_ranks(recipe.device, recipe.threads, recipe.faults.hang_s) as ranks,
         hold_folder(Path(recipe.output), ranks),
     ):
+        restore(recipe, ranks, console or Console())
         # Again, because whoever held the folder until now may have pinned a version, or finished the run.
         recipe = claim_folder(recipe)
         if finished := _finished(recipe):
@@ -115,14 +117,16 @@ def _train(
     weights = recipe.loss_weights.model_dump()
     datasets = Datasets(loader.names)
     metrics = _metrics(recipe, model, start, datasets, ranks, console)
-    exports = _exporter(recipe, data) if recipe.checkpoints.export else None
+    written = _exporter(recipe, data) if recipe.checkpoints.export else None
+    if recipe.checkpoints.mirror:
+        written = _mirrored(recipe, metrics.say, written)
     goes_back = recipe.faults.spikes == "roll_back"
     saver = Saver(
         folder / "checkpoints",
         recipe.checkpoints,
         ranks,
         metrics.say,
-        exports,
+        written,
         protected=lambda step: target_of(recipe, step + 1) if goes_back else None,
     )
     roll_back = RollBack(
@@ -319,6 +323,21 @@ def _opening(recipe: PretrainRecipe, loader: Loader, model: ShardedTransformer, 
                 f"{index.dataset.uri} version {index.dataset.version}{without}"
             )
     return "\n".join(lines)
+
+
+def _mirrored(
+    recipe: PretrainRecipe, say: Callable[[str], None], before: Callable[[Path], None] | None
+) -> Callable[[Path], None]:
+    """Copies a checkpoint elsewhere, and does what else is due before."""
+    mirror = Mirror.of(recipe, say)
+    assert mirror
+
+    def written(checkpoint: Path) -> None:
+        if before:
+            before(checkpoint)
+        mirror.put(checkpoint)
+
+    return written
 
 
 def _exporter(recipe: PretrainRecipe, data: RunData) -> Callable[[Path], None]:

@@ -148,6 +148,9 @@ class CheckpointSettings(Settings):
     """Write while training goes on, from a copy in host memory."""
     export: bool = False
     """Export the model of every checkpoint to RUN/exports/, too."""
+    mirror: str | None = Field(default=None, min_length=1)
+    """Copy every checkpoint to this folder or object store, too, the newest `keep` of them; a run folder that holds none goes
+    on from there. For machines whose disks go with them. It must be of this run alone."""
 
 
 class FaultSettings(Settings):

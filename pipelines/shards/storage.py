@@ -157,6 +157,38 @@ class Storage:
         self.tried(lambda: self._copy(source, target))
         source.unlink()
 
+    def put(self, source: Path, name: str) -> None:
+        """Copy a finished local file here; whole under its name or not there."""
+        target = self.path(name)
+        if not self.is_local:
+            self.tried(lambda: self._copy(source, target))
+            return
+        temporary = Path(target).with_name(f".{Path(target).name}.{uuid.uuid4().hex[:8]}")
+        try:
+            with naming_a_full_disk(Path(self.root)):
+                temporary.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, temporary)
+                sync(temporary)
+                temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in this one, sorted; none where it is missing."""
+        selector = pafs.FileSelector(self.root, allow_not_found=True)
+        infos = self.tried(lambda: self.filesystem.get_file_info(selector))
+        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+
+    def delete_folder(self) -> None:
+        """Remove this folder with all that is in it, if it is there."""
+
+        def attempt() -> None:
+            with suppress(FileNotFoundError):
+                self.filesystem.delete_dir(self.root)
+
+        self.tried(attempt)
+
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""
 
