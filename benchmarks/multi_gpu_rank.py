@@ -25,7 +25,7 @@ from model import MODALITIES, UnifiedTransformerConfig
 from pipelines.pretrain.by_dataset import Datasets
 from pipelines.pretrain.communication import predict, traffic, work_of
 from pipelines.pretrain.optimizer import make_optimizer
-from pipelines.pretrain.parallelize import Ranks, build_model, join_ranks
+from pipelines.pretrain.parallelize import Ranks, join_ranks, model_of
 from pipelines.pretrain.plan import H200_TFLOPS, SHARE_OF_PRODUCTS
 from pipelines.pretrain.recipe import PretrainRecipe
 from pipelines.pretrain.step import Losses, clip_gradients, forward_backward
@@ -57,17 +57,7 @@ class Trainer:
 
     def __init__(self, recipe: PretrainRecipe, config: UnifiedTransformerConfig, ranks: Ranks) -> None:
         self.recipe, self.ranks = recipe, ranks
-        self.model = build_model(
-            config,
-            ranks,
-            seed=recipe.seed,
-            precision=recipe.precision,
-            recompute_every=recipe.recompute_every,
-            compile_blocks=recipe.compile,
-            masters=recipe.masters,
-            recompute=recipe.recompute,
-            sharding=recipe.sharding,
-        )
+        self.model = model_of(recipe, config, ranks)
         self.optimizer = make_optimizer(self.model, recipe.optimizer)
 
     def step(self, batch: Step) -> Losses:

@@ -77,11 +77,18 @@ def check_cudnn(
     values = config.to_dict() | {"block_backend": "torch", "attention_backend": "sdpa"}
     model = UnifiedTransformer(UnifiedTransformerConfig.from_dict(values), seed=0).to(device(), torch.bfloat16)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        output = model.loss(batch)
-        output.total.backward()
+        say_gradients(say, "sdpa by cuDNN", model, batch, expected)
+
+
+def say_gradients(
+    say: Callable[..., None], what: str, model: UnifiedTransformer, batch: Any, expected: dict[str, Any]
+) -> None:
+    """The loss, and how far the gradients are from the reference."""
+    output = model.loss(batch)
+    output.total.backward()
     errors = {n: error_of(p.grad, expected[n]) for n, p in model.named_parameters()}
     say(
-        "sdpa by cuDNN",
+        what,
         loss=float(output.total),
         median_gradient=statistics.median(errors.values()),
         worst=max(errors.values()),
@@ -105,15 +112,7 @@ def check_float8(
     model = UnifiedTransformer(UnifiedTransformerConfig.from_dict(values), seed=0).to(device(), torch.bfloat16)
     for block in model.blocks:
         block.float8 = True  # type: ignore[assignment]
-    output = model.loss(batch)
-    output.total.backward()
-    errors = {n: error_of(p.grad, expected[n]) for n, p in model.named_parameters()}
-    say(
-        "float8",
-        loss=float(output.total),
-        median_gradient=statistics.median(errors.values()),
-        worst=max(errors.values()),
-    )
+    say_gradients(say, "float8", model, batch, expected)
 
 
 def check_optimizer(say: Callable[..., None]) -> None:

@@ -75,28 +75,28 @@ class WebDatasetSource(SampleReader):
         for piece in slices:
             (part,) = piece.input.parts
             packed = _packed(piece.input.uri)
+            stored = packed is None and not is_remote(part)
             source = f"{self.name}/{piece.input.uri}"
             try:
                 if packed:
                     most = int(max(piece.input.size, 2**20) * self.max_expansion)
                     file = open_compressed(part, packed, most)
                 else:
-                    file = open_part(part, _BUFFER if is_remote(part) else _LOCAL_BUFFER)
+                    file = open_part(part, _LOCAL_BUFFER if stored else _BUFFER)
             except OSError as error:
                 message = f"{part}: cannot be read: {error.strerror or error}; restore or remove it"
                 yield Reject(source=f"{source}#{piece.start}", position=0, reason="file: unreadable", error=message)
                 continue
             with file:
-                for sample in self._samples(file, piece, part, seekable=packed is None):
+                for sample in self._samples(file, piece, part, seekable=packed is None, stored=stored):
                     yield self._document(source, part, sample)
 
-    def _samples(self, file: BinaryIO, piece: Slice, part: str, *, seekable: bool) -> Iterator[_Sample]:
+    def _samples(self, file: BinaryIO, piece: Slice, part: str, *, seekable: bool, stored: bool) -> Iterator[_Sample]:
         """The samples of a slice, each with its content or with what is wrong with it."""
         # The last slice also tells of what is wrong behind the last byte that was listed.
         stop = None if piece.stop == piece.input.size or not seekable else piece.stop
         sample: _Sample | None = None
         count = 0
-        stored = seekable and not is_remote(part)
         try:
             tar = Tar(file, seekable=seekable, jump=_LOCAL_BUFFER if stored else _BUFFER)
             for member in tar.members():

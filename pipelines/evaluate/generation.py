@@ -177,14 +177,10 @@ def _pictures(
     partners: Sequence[int | None],
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    small = [thumbnail(_pixels(span)) for _, span in made]
-    wanted = [thumbnail(_pixels(span)) for span in references]
-    pixels = _matrix(small, wanted, pixel_distance)
+    wanted = [_small(span) for span in references]
+    pixels = _matrix([_small(span) for _, span in made], wanted, pixel_distance)
     codes = _matrix([span.codes for span, _ in made], [pair.predicted.codes for pair in pairs], code_distance)
-    lost = [
-        None if original is None else pixel_distance(thumbnail(_pixels(original)), reference)
-        for original, reference in zip(originals, wanted, strict=True)
-    ]
+    lost = _lost(originals, wanted, _small, pixel_distance)
     told = {
         "pixel_distance": _distance(pixels, partners, lost, seed),
         # Codes are what the tokenizer made of the original: there is nothing that it could lose on the way back.
@@ -204,10 +200,7 @@ def _sounds(
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     heard, wanted = [_mel(span) for _, span in made], [_mel(span) for span in references]
     mels = _matrix(heard, wanted, mel_distance)
-    lost = [
-        None if original is None else mel_distance(_mel(original), reference)
-        for original, reference in zip(originals, wanted, strict=True)
-    ]
+    lost = _lost(originals, wanted, _mel, mel_distance)
     told = {
         "mel_distance_db": _distance(mels, partners, lost, seed),
         "nearest": {"mel": _nearest(mels, partners, seed)},
@@ -236,6 +229,19 @@ def _texts(
 
 def _matrix(made: Sequence[Any], references: Sequence[Any], distance: Callable[[Any, Any], float]) -> Distances:
     return np.array([[distance(one, other) for other in references] for one in made])
+
+
+def _lost(
+    originals: Sequence[DecodedSpan | None],
+    references: Sequence[Any],
+    form: Callable[[DecodedSpan], Any],
+    distance: Callable[[Any, Any], float],
+) -> list[float | None]:
+    """How far each reference, which came out of the tokenizer, is from what went in; None where that is not there."""
+    return [
+        None if original is None else distance(form(original), reference)
+        for original, reference in zip(originals, references, strict=True)
+    ]
 
 
 def _own(distances: Distances) -> list[float]:
@@ -275,9 +281,9 @@ def _nearest(distances: Distances, partners: Sequence[int | None], seed: int) ->
     }
 
 
-def _pixels(span: DecodedSpan) -> NDArray[np.uint8]:
+def _small(span: DecodedSpan) -> NDArray[np.float64]:
     assert span.pixels is not None
-    return span.pixels
+    return thumbnail(span.pixels)
 
 
 def _mel(span: DecodedSpan) -> NDArray[np.float64]:

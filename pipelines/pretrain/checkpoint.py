@@ -36,7 +36,8 @@ from pipelines.shards.storage import DiskFullError, naming_a_full_disk, sync
 FORMAT_VERSION = 2
 """Raised when the layout of a checkpoint changes. 2: the loader's place has stages and a position for each dataset."""
 
-_NAME = re.compile(r"step-(\d{8,})")
+NAME = re.compile(r"step-(\d{8,})")
+"""Of a checkpoint's folder; what is named otherwise is none."""
 
 
 class CheckpointError(ValueError):
@@ -189,7 +190,7 @@ def _delete(path: Path) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    found = [p for p in folder.glob("step-*") if NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=step_of)
 
 

@@ -37,7 +37,7 @@ from pipelines.pretrain.metrics import Metrics
 from pipelines.pretrain.mfu import peak_of
 from pipelines.pretrain.mirror import Mirror, restore
 from pipelines.pretrain.optimizer import make_optimizer, set_learning_rate
-from pipelines.pretrain.parallelize import Ranks, ShardedTransformer, build_model, join_ranks
+from pipelines.pretrain.parallelize import Ranks, ShardedTransformer, join_ranks, model_of
 from pipelines.pretrain.plan import make_plan
 from pipelines.pretrain.recipe import PretrainRecipe, model_config
 from pipelines.pretrain.roll_back import RollBack, target_of
@@ -93,17 +93,7 @@ def _train(
     recipe: PretrainRecipe, data: RunData, loader: Loader, validator: Validator, ranks: Ranks, console: Console
 ) -> RunResult:
     folder, vocabulary, total = Path(recipe.output), data.vocabulary, recipe.total_steps
-    model = build_model(
-        model_config(recipe, vocabulary),
-        ranks,
-        seed=recipe.seed,
-        precision=recipe.precision,
-        recompute_every=recipe.recompute_every,
-        compile_blocks=recipe.compile,
-        masters=recipe.masters,
-        recompute=recipe.recompute,
-        sharding=recipe.sharding,
-    )
+    model = model_of(recipe, model_config(recipe, vocabulary), ranks)
     share_codebook_directions(model, vocabulary, recipe.seed)
     optimizer = make_optimizer(model, recipe.optimizer)
     guard = Guard(recipe.faults, ranks.device)

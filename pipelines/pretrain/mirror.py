@@ -11,7 +11,6 @@ where a run goes on, and the mirror is only read where that folder holds nothing
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from pipelines.corpus.errors import StoreError, TransientError
-from pipelines.pretrain.checkpoint import list_checkpoints, path_of, step_of
+from pipelines.pretrain.checkpoint import NAME, list_checkpoints, path_of, step_of
 from pipelines.pretrain.parallelize import Ranks
 from pipelines.pretrain.recipe import PretrainRecipe
 from pipelines.pretrain.run import RunError
@@ -120,8 +119,7 @@ class Mirror:
             there.delete_folder()
 
     def _folders(self) -> list[int]:
-        found = (re.fullmatch(r"step-(\d{8,})", name) for name in self._storage.folders())
-        return sorted(int(match[1]) for match in found if match)
+        return sorted(int(match[1]) for match in map(NAME.fullmatch, self._storage.folders()) if match)
 
     @staticmethod
     def _fetch(there: Storage, name: str, target: Path) -> None:

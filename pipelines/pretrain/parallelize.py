@@ -29,7 +29,7 @@ from model import UnifiedTransformer, UnifiedTransformerConfig, float8
 from model.fused import runs_fused
 
 if TYPE_CHECKING:
-    from pipelines.pretrain.recipe import ShardingSettings
+    from pipelines.pretrain.recipe import PretrainRecipe, ShardingSettings
 
 _FAREWELL_S = 60.0
 """How long the ranks that are left may take to let go of each other when one is gone."""
@@ -119,6 +119,21 @@ def join_ranks(device: str = "auto", threads: int | None = None, hang_s: float =
 
 class ShardedTransformer(UnifiedTransformer, FSDPModule):
     """What `fully_shard` makes of a `UnifiedTransformer`, for annotations only."""
+
+
+def model_of(recipe: PretrainRecipe, config: UnifiedTransformerConfig, ranks: Ranks) -> ShardedTransformer:
+    """`build_model` as a recipe has it."""
+    return build_model(
+        config,
+        ranks,
+        seed=recipe.seed,
+        precision=recipe.precision,
+        recompute_every=recipe.recompute_every,
+        compile_blocks=recipe.compile,
+        masters=recipe.masters,
+        recompute=recipe.recompute,
+        sharding=recipe.sharding,
+    )
 
 
 def build_model(

@@ -110,9 +110,7 @@ class Storage:
 
     def listed(self, folder: str = "") -> list[pafs.FileInfo]:
         """The files directly in a folder, half-written ones too; none where it is missing."""
-        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
-        infos = self.tried(lambda: self.filesystem.get_file_info(selector))
-        return [info for info in infos if info.type == pafs.FileType.File]
+        return [info for info in self._entries(folder) if info.type == pafs.FileType.File]
 
     def exists(self, name: str) -> bool:
         return bool(self.info([name])[0].type != pafs.FileType.NotFound)
@@ -136,17 +134,7 @@ class Storage:
         if not self.is_local:
             self.tried(lambda: self._put(name, data))
             return
-        target = Path(self.path(name))
-        temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with naming_a_full_disk(target.parent):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_bytes(data)
-                sync(temporary)
-                temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        _whole(Path(self.path(name)), lambda temporary: temporary.write_bytes(data))
 
     def upload(self, source: Path, name: str) -> None:
         """Move a finished local file here; on a local disk from the same one."""
@@ -163,22 +151,11 @@ class Storage:
         if not self.is_local:
             self.tried(lambda: self._copy(source, target))
             return
-        temporary = Path(target).with_name(f".{Path(target).name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with naming_a_full_disk(Path(self.root)):
-                temporary.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, temporary)
-                sync(temporary)
-                temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        _whole(Path(target), lambda temporary: shutil.copyfile(source, temporary))
 
     def folders(self) -> list[str]:
         """Names of the folders directly in this one, sorted; none where it is missing."""
-        selector = pafs.FileSelector(self.root, allow_not_found=True)
-        infos = self.tried(lambda: self.filesystem.get_file_info(selector))
-        return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+        return sorted(info.base_name for info in self._entries("") if info.type == pafs.FileType.Directory)
 
     def delete_folder(self) -> None:
         """Remove this folder with all that is in it, if it is there."""
@@ -199,6 +176,10 @@ class Storage:
 
         self.tried(attempt)
 
+    def _entries(self, folder: str) -> list[pafs.FileInfo]:
+        selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
+        return list(self.tried(lambda: self.filesystem.get_file_info(selector)))
+
     def _put(self, name: str, data: bytes) -> None:
         with self.filesystem.open_output_stream(self.path(name)) as stream:
             stream.write(data)
@@ -212,6 +193,20 @@ class Storage:
         there = self.filesystem.get_file_info(path).size
         if there != size:
             raise OSError(errno.EIO, f"{size} bytes were written, but {there} are there", path)
+
+
+def _whole(target: Path, write: Callable[[Path], object]) -> None:
+    """Let a local file appear under its name when all of it is on the disk, or not at all."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with naming_a_full_disk(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            sync(temporary)
+            temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
