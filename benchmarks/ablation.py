@@ -70,7 +70,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=8, help="of a step")
     parser.add_argument("--minutes", type=float, default=7.5, help="no run is begun that would not be done by then")
-    parser.add_argument("--plot", type=Path, help="results to draw, and stop")
+    parser.add_argument("--part", default="1/1", help="2/3 is every third run, from the second on: processes side by side")
+    parser.add_argument("--plot", type=Path, help="results to draw, and stop; of several parts, joined")
     parser.add_argument("--to", type=Path, default=Path("docs/ablation.svg"))
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
@@ -113,7 +114,8 @@ def run_all(documents: Documents, arguments: argparse.Namespace) -> None:
         held_out_rows=4 * len(held_out), prepared_s=round(time.monotonic() - began, 1),
     )  # fmt: skip
     longest = 0.0
-    for choice in choices():
+    part, of = map(int, arguments.part.split("/"))
+    for choice in choices()[part - 1 :: of]:
         left = 60 * arguments.minutes - (time.monotonic() - began)
         if left < 1.1 * longest:
             record(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -87,6 +88,7 @@ def theirs(system: str, mode: str, dataset: Dataset, scratch: Path) -> dict[str,
         capture_output=True,
         text=True,
         check=False,
+        env=os.environ | {"PYTHONPATH": str(Path.cwd())},  # it packs as we do
     )
     if done.returncode:
         raise SystemExit(f"{system} {mode}: {done.stderr[-2000:]}")
