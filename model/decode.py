@@ -1,12 +1,13 @@
 """One step of generation at the speed of memory: a token a row through the model, as one CUDA graph.
 
-Enters: a model, a cache that holds the prompts, and one token a row. Leaves: the hidden states that predict the next, with the
-cache one token further. Always holds: it computes what `UnifiedTransformer.decode_step` computes, to rounding; equal input gives
-equal bits; a row that is not alive stays where it is. What the host knows of lengths is no part of it, so that a step is captured
-once and replayed: positions are read on the device, and programs beyond a row's end leave at once.
+Enters: a model, a cache that holds the prompts, and one token a row. Leaves: the hidden states that predict the next, with
+the cache one token further. Always holds: it computes what `UnifiedTransformer.decode_step` computes, to rounding; equal
+input gives equal bits; a row that is not alive stays where it is. What the host knows of lengths is no part of it, so that a
+step is captured once and replayed: positions are read on the device, and programs beyond a row's end leave at once.
 
-A block is five kernels for few rows: norm and product to queries, keys and values; rotation, writing to the cache and attention; the
-product back, added to x; norm, product and GELU; the product back, added to x. For more rows the products are cuBLAS's.
+A block is five kernels for few rows: norm and product to queries, keys and values; rotation, writing to the cache and
+attention; the product back, added to x; norm, product and GELU; the product back, added to x. For more rows the products are
+cuBLAS's.
 
 Shapes: B rows, D hidden, F feed-forward, N heads, H head size, S slots of the cache.
 """
@@ -26,7 +27,6 @@ from model.rope import rotation_of
 if TYPE_CHECKING:
     from model.block import TransformerBlock
     from model.transformer import UnifiedTransformer
-    from model.triton_decode import Tiles
 
 LEAST_STEPS = 32
 """Capturing takes as long as some twenty steps without."""
@@ -181,9 +181,7 @@ class DecodingStep:
             pdl=pdl,
         )  # fmt: skip
         self._product(self._mixed.flatten(1), attention.output.weight, self._x, add=True)
-        self._product(
-            self._x, feed_forward.input.weight, self._wide, scale=second.weight, eps=second.eps, gelu=True
-        )
+        self._product(self._x, feed_forward.input.weight, self._wide, scale=second.weight, eps=second.eps, gelu=True)
         self._product(self._wide, feed_forward.output.weight, self._x, add=True)
 
     def _product(

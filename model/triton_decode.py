@@ -10,7 +10,7 @@ Shapes: B rows, D hidden, K features in, M features out, N heads, H head size, S
 
 # A kernel's arguments have no Python types, and its constants are written large, as the field does.
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
-# ruff: noqa: N803
+# ruff: noqa: N803, SIM108
 
 from __future__ import annotations
 
@@ -207,7 +207,9 @@ def product(
 
 
 @triton.jit
-def _turned(base, scale, cosine, sine, eps, H: tl.constexpr, BLOCK_H: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr):
+def _turned(
+    base, scale, cosine, sine, eps, H: tl.constexpr, BLOCK_H: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr
+):
     """One head's query or key, normed and turned: float32 [BLOCK_H]."""
     h = tl.arange(0, BLOCK_H)
     there = h < H
@@ -257,7 +259,10 @@ def _attend_kernel(
         cosine, sine = cosines + place * (H // 2), sines + place * (H // 2)
         # As the cache would hold them: rounded.
         kind = keys.dtype.element_ty
-        q = _turned(base, query_scale, cosine, sine, eps, H, BLOCK_H, ROPE, NORM).to(kind).to(tl.float32) * softmax_scale
+        q = (
+            _turned(base, query_scale, cosine, sine, eps, H, BLOCK_H, ROPE, NORM).to(kind).to(tl.float32)
+            * softmax_scale
+        )
         new_k = _turned(base + N * H, key_scale, cosine, sine, eps, H, BLOCK_H, ROPE, NORM).to(kind)
         new_v = tl.load(base + 2 * N * H + h, mask=h < H, other=0.0)
         if split == last:
@@ -294,7 +299,7 @@ def _attend_kernel(
                 top = tl.max(all_peaks, 0)
                 whole = tl.sum(all_sums * tl.exp(all_peaks - top), 0)
                 mixed = tl.zeros((BLOCK_H,), tl.float32)
-                for first in range(0, last + 1, JOINED):
+                for first in range(0, SPLITS, JOINED):
                     some = first + tl.arange(0, JOINED)
                     peak_of = tl.load(
                         peaks + group * SPLITS + some, mask=some <= last, other=float("-inf"), cache_modifier=".cg"
@@ -377,7 +382,16 @@ def gelu_(x: Tensor) -> None:
 
 @triton.jit
 def _norm_kernel(
-    x, scale, output, lengths, alive, eps, D: tl.constexpr, ADVANCE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    x,
+    scale,
+    output,
+    lengths,
+    alive,
+    eps,
+    D: tl.constexpr,
+    ADVANCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.gpu
 def test_a_step_computes_what_the_model_does_for_rows_of_different_lengths(
     rows: int, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_decode, "chunk_of", lambda B: 4)
+    monkeypatch.setattr(triton_decode, "chunk_of", lambda rows: 4)
     model = UnifiedTransformer(tiny_config(**changes), seed=0).to(DEVICE).eval()
     exact = UnifiedTransformer(tiny_config(**changes), seed=0).double().eval()
     generator = torch.Generator().manual_seed(rows)
@@ -43,7 +43,9 @@ def test_a_step_computes_what_the_model_does_for_rows_of_different_lengths(
     ids, kinds = (x.view(rows, -1) for x in random_document(rows * (11 + steps), generator))
     caches = []
     for each in (model, exact):
-        cache = KeyValueCache(model.config, rows, 20, each.modality_embedding.weight.device, each.final_norm.weight.dtype)
+        cache = KeyValueCache(
+            model.config, rows, 20, each.modality_embedding.weight.device, each.final_norm.weight.dtype
+        )
         device = cache.lengths.device
         with torch.no_grad():
             each.prefill(ids[:, :11].to(device), kinds[:, :11].to(device), cache, lengths.to(device))
@@ -66,5 +68,5 @@ def test_a_step_computes_what_the_model_does_for_rows_of_different_lengths(
 
 def test_what_a_step_cannot_run_is_refused() -> None:
     model = UnifiedTransformer(tiny_config(norm_placement="reordered"), seed=0).to(DEVICE)
-    with pytest.raises(DecodingStepError, match="norm_placement is 'reordered'.*use model.decode_step"):
+    with pytest.raises(DecodingStepError, match=r"norm_placement is 'reordered'.*use model.decode_step"):
         DecodingStep(model, KeyValueCache(model.config, 1, 8, DEVICE))
