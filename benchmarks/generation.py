@@ -30,23 +30,24 @@ def main() -> None:
     arguments.out.unlink(missing_ok=True)
     say = lambda what, **values: record(arguments.out, "decode", what, **values)  # noqa: E731
     torch.set_grad_enabled(False)
-    size = 1 << (20 if arguments.quick else 30)
-    a = torch.empty(size, dtype=torch.bfloat16, device=device())
-    b = torch.empty_like(a)
-    bandwidth = 4 * size / median_ms(lambda a=a, b=b: b.copy_(a), 10) * 1e3
-    del a, b
+    bandwidth = copy_bandwidth(1 << (20 if arguments.quick else 30))
     say("copy", tb_per_s=round(bandwidth / 1e12, 3), torch=torch.__version__)
     with guarded(say, "agreement"):
         agreement(say)
     length = arguments.prompt + arguments.tokens + 8
-    config = UnifiedTransformerConfig(
-        **(SIZES[arguments.size] | {"max_sequence_length": max(length, 256), "device": str(device())})
-    )
+    config = UnifiedTransformerConfig.from_dict(SIZES[arguments.size] | {"max_sequence_length": max(length, 256)})
     model = random_model(config)
     for rows in map(int, arguments.batches.split(",")):
         with guarded(say, f"batch {rows}"):
             time_batch(say, arguments, model, rows, length, bandwidth)
     sweep(say, model, bandwidth) if device().type == "cuda" else None
+
+
+def copy_bandwidth(size: int) -> float:
+    """Bytes a second, read and written ones together, of a copy of so many bfloat16 numbers."""
+    source = torch.randn(size, dtype=torch.bfloat16, device=device())
+    target = torch.empty_like(source)
+    return 4 * size / median_ms(lambda: target.copy_(source), 10) * 1e3
 
 
 def random_model(config: UnifiedTransformerConfig) -> UnifiedTransformer:
