@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def random_model(config: UnifiedTransformerConfig) -> UnifiedTransformer:
 
 def agreement(say) -> None:  # type: ignore[no-untyped-def]
     """A small model's step, eager and fast, against float64 on the CPU."""
-    sizes = {"hidden_size": 512, "num_layers": 4, "num_attention_heads": 4, "ffn_hidden_size": 2048}
+    sizes: dict[str, Any] = {"hidden_size": 512, "num_layers": 4, "num_attention_heads": 4, "ffn_hidden_size": 2048}
     config = UnifiedTransformerConfig(**sizes, text_vocab_size=500, max_sequence_length=512, device="cpu")
     exact = UnifiedTransformer(config, seed=0).bfloat16().double().eval()
     here = UnifiedTransformer(config, seed=0).to(device(), torch.bfloat16).eval()

@@ -87,9 +87,9 @@ class DecodingStep:
         """
         if (reason := step_unavailable(model, cache)) is not None:
             raise DecodingStepError(f"no decoding step for this model: {reason}; use model.decode_step")
-        from model import triton_decode
+        from model import triton_decode, triton_decode_attention
 
-        self._kernels = triton_decode
+        self._kernels, self._attention = triton_decode, triton_decode_attention
         self._model, self._cache = model, cache
         config, weight = model.config, model.modality_embedding.weight
         B, S, D = cache.batch_size, cache.max_length, config.hidden_size
@@ -110,8 +110,8 @@ class DecodingStep:
             places = torch.arange(S, device=device)
             cos, sin = rotation_of(places, config.head_size, config.rope_theta, kind)
             self._rotation = (cos.view(S, -1), sin.view(S, -1))
-        self._scratch = triton_decode.make_scratch(
-            B, config.num_attention_heads, config.head_size, S, triton_decode.chunk_of(B), device
+        self._scratch = triton_decode_attention.make_scratch(
+            B, config.num_attention_heads, config.head_size, S, triton_decode_attention.chunk_of(B), device
         )
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda" if graph is None else graph:
@@ -173,7 +173,7 @@ class DecodingStep:
         scales: Any = None
         if self._model.config.qk_norm:
             scales = (attention.query_norm.weight, attention.key_norm.weight)
-        self._kernels.attend(
+        self._attention.attend(
             self._qkv, keys, values, self._cache.lengths, self._rotation, scales, first.eps, self._mixed, self._scratch,
             pdl=pdl,
         )  # fmt: skip

@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from model import triton_decode  # noqa: E402
+from model import triton_decode_attention  # noqa: E402
 from model.decode import DecodingStep, DecodingStepError  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.gpu
 def test_a_step_computes_what_the_model_does_for_rows_of_different_lengths(
     rows: int, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_decode, "chunk_of", lambda rows: 4)
+    monkeypatch.setattr(triton_decode_attention, "chunk_of", lambda rows: 4)
     model = UnifiedTransformer(tiny_config(**changes), seed=0).to(DEVICE).eval()
     exact = UnifiedTransformer(tiny_config(**changes), seed=0).double().eval()
     generator = torch.Generator().manual_seed(rows)
