@@ -1,6 +1,6 @@
 """Triton kernel of attention in `model.decode`: one new token a row against the cache, in chunks of slots.
 
-Always holds what `model.triton_decode` says: float32 sums in a fixed order, and before `gdc_wait` nothing of this step is read.
+Always holds what `model.triton_decode` says: float32 sums in a fixed order; before `gdc_wait` nothing of this step is read.
 
 Shapes: B rows, N heads, H head size, S slots of the cache.
 """
