@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model import KeyValueCache, UnifiedTransformer
+from model.decode import LEAST_STEPS, DecodingStep, step_unavailable
 from pipelines.generate.choosing import Chooser
 from pipelines.generate.continuation import Continuation
 from pipelines.generate.errors import GenerateError
@@ -80,6 +81,8 @@ class Decoding:
         """int64 [B] or [2B]: 1 for rows that go on. A closed row is computed along, but its cache stands still."""
         self._fed: list[int] = []
         """Tokens of each row that the model has read."""
+        self._fast: DecodingStep | None = None
+        """Where the model and the device allow it, and the tokens are worth its capture; made after the prompts are read."""
         self._going: list[int] = []
         """Indices of the rows that go on."""
 
@@ -91,6 +94,9 @@ class Decoding:
             GenerateError: the model computes no finite numbers.
         """
         hidden = self._prefill()
+        enough = max(row.most_new_tokens for row in self._rows) >= LEAST_STEPS
+        if enough and step_unavailable(self._model, self._cache) is None:
+            self._fast = DecodingStep(self._model, self._cache, self._alive)
         if not bool(hidden.isfinite().all()):
             raise GenerateError(
                 "the model computes NaN or infinity for this prompt: its training diverged; use an earlier one"
@@ -142,9 +148,12 @@ class Decoding:
 
     def _feed(self, ids: Tensor, kinds: Tensor) -> Tensor:
         """Let the model read one token a row, int64 [B]; the hidden states [B or 2B, D] that predict the next."""
-        ids, kinds = ids.repeat(self._copies), kinds.repeat(self._copies)
-        hidden = self._model.hidden_states(ids[:, None], kinds[:, None], cache=self._cache)[:, 0]
-        self._cache.advance(1, self._alive)
+        if self._fast is not None:
+            hidden = self._fast(ids, kinds)
+        else:
+            ids, kinds = ids.repeat(self._copies), kinds.repeat(self._copies)
+            hidden = self._model.hidden_states(ids[:, None], kinds[:, None], cache=self._cache)[:, 0]
+            self._cache.advance(1, self._alive)
         for b in self._going:
             self._fed[b] += 1
         self._cache.occupied = max(self._fed)
