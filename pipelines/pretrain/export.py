@@ -31,6 +31,9 @@ FORMAT_VERSION = 1
 
 _FILES = ("model.safetensors", "config.json", "vocabulary.json")
 
+SHIPPED = Path(__file__).parent.parent / "generate/shipped"
+"""Models that come with Braid, a folder each."""
+
 
 def export_model(
     folder: Path, model: ShardedTransformer, vocabulary: Vocabulary, about: Mapping[str, Any], ranks: Ranks
@@ -104,26 +107,35 @@ def _write(
         sync(path)
 
 
+def shipped_models() -> list[str]:
+    """Names of the models that come with Braid."""
+    return sorted(file.parent.name for file in SHIPPED.glob("*/braid.json"))
+
+
 def load_model(
     folder: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[UnifiedTransformer, Vocabulary, dict[str, Any]]:
     """Read a model that `export_model` wrote, ready for evaluation.
 
     Args:
-        folder: the model's folder, or the run folder that holds it as `model/`.
+        folder: the model's folder, the run folder that holds it as `model/`, or a shipped model's name where no such
+            folder is.
 
     Returns:
-        The model on the device, its vocabulary, and `braid.json`.
+        The model on the device in float32, whatever its file holds, its vocabulary, and `braid.json`.
 
     Raises:
         CheckpointError: no model there, or a file is missing, truncated, changed, or of another format.
     """
     path = Path(folder)
+    if not path.exists() and str(folder) in shipped_models():
+        path = SHIPPED / folder
     if not (path / "braid.json").is_file() and (path / "model").is_dir():
         path = path / "model"
     if not (path / "braid.json").is_file():
         raise CheckpointError(
-            f"{path / 'braid.json'} is missing: no exported model here; name a finished run's folder, or its model/"
+            f"{path / 'braid.json'} is missing: no exported model here; name a finished run's folder, its model/, "
+            f"or a shipped model ({', '.join(shipped_models()) or 'none here'})"
         )
     try:
         about: dict[str, Any] = json.loads((path / "braid.json").read_bytes())
@@ -146,5 +158,6 @@ def load_model(
     config = UnifiedTransformerConfig.from_dict(json.loads((path / "config.json").read_bytes()))
     with torch.device("meta"):
         model = UnifiedTransformer(config)
-    model.load_state_dict(load_file(path / "model.safetensors", device=str(device)), assign=True)
+    weights = load_file(path / "model.safetensors", device=str(device))
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return model.eval(), vocabulary, about

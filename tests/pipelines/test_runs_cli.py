@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from pipelines.cli import app
+from pipelines.pretrain import export
 from pipelines.pretrain.checkpoint import CheckpointError
 from pipelines.pretrain.export import load_model
 from pipelines.pretrain.run import RunResult
@@ -100,3 +102,22 @@ def test_runs_are_listed_shown_and_compared(runs: list[RunResult], tmp_path: Pat
     assert "Validation loss of audio" in page
     assert "optimizer.learning_rate" in page
     assert "0.001" in page
+
+
+def test_a_shipped_model_in_bfloat16_is_found_by_its_name(
+    runs: list[RunResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = shutil.copytree(runs[0].folder / "model", tmp_path / "shipped/draws")
+    half = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(half, model / "model.safetensors")
+    about = json.loads((model / "braid.json").read_text())
+    about["files"]["model.safetensors"] = export.sha256_of(model / "model.safetensors")
+    (model / "braid.json").write_text(json.dumps(about))
+    monkeypatch.setattr(export, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.chdir(tmp_path)
+    assert export.shipped_models() == ["draws"]
+    found = load_model("draws")[0].state_dict()
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in half.items())
+    with pytest.raises(CheckpointError, match=r"or a shipped model \(draws\)"):
+        load_model("paints")
