@@ -70,7 +70,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=8, help="of a step")
     parser.add_argument("--minutes", type=float, default=7.5, help="no run is begun that would not be done by then")
-    parser.add_argument("--part", default="1/1", help="2/3 is every third run, from the second on: processes side by side")
+    parser.add_argument(
+        "--part", default="1/1", help="2/3 is every third run, from the second on: processes side by side"
+    )
     parser.add_argument("--plot", type=Path, help="results to draw, and stop; of several parts, joined")
     parser.add_argument("--to", type=Path, default=Path("docs/ablation.svg"))
     parser.add_argument("--quick", action="store_true")

@@ -15,9 +15,7 @@ app = typer.Typer()
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A run's folder, an exported model's, or the name of a shipped one.")
-    ],
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or the folder of an exported model.")],
     dataset: DatasetArgument,
     version: Version = None,
     split: Annotated[str, typer.Option(help="validation, or train.")] = "validation",

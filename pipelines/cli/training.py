@@ -75,9 +75,7 @@ def pretrain(
 @app.command(cls=InOrder)
 def generate(
     context: typer.Context,
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A run's folder, an exported model's, or the name of a shipped one.")
-    ],
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or the folder of an exported model.")],
     prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from.")] = None,
     want: Annotated[list[str] | None, typer.Option(help="text, image or audio; may be given several times.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where the files go.")] = Path("generated"),

@@ -134,8 +134,8 @@ def load_model(
         path = path / "model"
     if not (path / "braid.json").is_file():
         raise CheckpointError(
-            f"{path / 'braid.json'} is missing: no exported model here; name a finished run's folder, its model/, "
-            f"or a shipped model ({', '.join(shipped_models()) or 'none here'})"
+            f"{path / 'braid.json'} is missing: no exported model here; name a finished run's folder, or its model/"
+            + (f", or a shipped model ({', '.join(shipped_models())})" if shipped_models() else "")
         )
     try:
         about: dict[str, Any] = json.loads((path / "braid.json").read_bytes())
