@@ -224,16 +224,22 @@ def plot(found: list[dict[str, Any]], to: Path) -> None:
     mpl.use("svg")
     from matplotlib import pyplot as plt
 
-    runs = [r for r in found if "curve" in r]
+    # By name, for parts of the runs come in any order.
+    runs = sorted((r for r in found if "curve" in r), key=lambda r: r["what"])
+    # A colour for each pair of norms and z-loss, a line for each set of weights; a high rate is pale.
+    pairs = list(dict.fromkeys((r.get("qk_norm"), r.get("z_loss")) for r in runs))
     figure, axes = plt.subplots(1, len(MODALITIES), figsize=(13, 4.6))
     for axis, name in zip(axes, MODALITIES, strict=True):
-        for r in runs:
+        for number, r in enumerate(runs):
             values = r["curve"][name]
             # Means of so many steps: single ones hide the lines behind their noise.
             width = max(1, len(values) // 40)
             means = [statistics.mean(values[i : i + width]) for i in range(0, len(values), width)]
             style = {"equal": "-", "media halved": ":", "as many of each": "--"}.get(r.get("weights", "equal"), "-")
-            axis.plot([i * width for i in range(len(means))], means, style, lw=1.2, label=r["what"])
+            color = f"C{pairs.index((r.get('qk_norm'), r.get('z_loss'))) if len(pairs) > 1 else number}"
+            alpha = 1 if r.get("rate", RATE) == RATE else 0.4
+            steps = [i * width for i in range(len(means))]
+            axis.plot(steps, means, style, color=color, alpha=alpha, lw=1.2, label=r["what"])
         low = min(min(r["curve"][name]) for r in runs)
         first = max(r["curve"][name][0] for r in runs)
         axis.set(title=name, xlabel="step", ylabel="nats a token", ylim=(low - 0.1, first + 0.1))
