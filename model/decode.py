@@ -88,9 +88,9 @@ class DecodingStep:
         """
         if (reason := step_unavailable(model, cache)) is not None:
             raise DecodingStepError(f"no decoding step for this model: {reason}; use model.decode_step")
-        from model import triton_decode, triton_decode_attention
+        from model import triton_decode, triton_decode_attention, triton_elementwise
 
-        self._kernels, self._attention = triton_decode, triton_decode_attention
+        self._kernels, self._attention, self._gelu = triton_decode, triton_decode_attention, triton_elementwise.gelu
         self._model, self._cache = model, cache
         config, weight = model.config, model.modality_embedding.weight
         B, S, D = cache.batch_size, cache.max_length, config.hidden_size
@@ -202,4 +202,4 @@ class DecodingStep:
         else:
             torch.mm(x, weight.T, out=y)
         if gelu:
-            kernels.gelu_(y)
+            self._gelu(y, y)

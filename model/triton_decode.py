@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from model.triton_elementwise import _below
+
 MOST_ROWS = 2
 """Rows that `product` takes; above, tensor cores are wanted."""
 
@@ -109,10 +111,10 @@ def _part(w, x, k, scale, mean, rstd, K: tl.constexpr, EVEN: tl.constexpr, NORM:
 
 
 @triton.jit
-def _finish(total, x, residual, y, row, m, M: tl.constexpr, ADD: tl.constexpr, GELU: tl.constexpr):
+def _finish(total, residual, y, row, m, M: tl.constexpr, ADD: tl.constexpr, GELU: tl.constexpr):
     out = tl.sum(total, 1)
     if GELU:
-        out = 0.5 * out * (1 + tl.erf(out * 0.7071067811865476))
+        out *= _below(out)
     if ADD:
         out += tl.load(residual + row * M + m, mask=m < M, other=0.0).to(tl.float32)
     tl.store(y + row * M + m, out.to(y.dtype.element_ty), mask=m < M)
@@ -138,24 +140,16 @@ def _product_kernel(
         w = tl.load(rows + columns[None, :], mask=columns[None, :] < K, other=0.0, eviction_policy="evict_first")
     if PDL:
         gdc_wait()
-    mean0, rstd0, mean1, rstd1, mean2, rstd2, mean3, rstd3 = 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0
+    mean0, rstd0, mean1, rstd1 = 0.0, 1.0, 0.0, 1.0
     if NORM:
         mean0, rstd0 = _statistics(x, K, eps, BLOCK)
         if B > 1:
             mean1, rstd1 = _statistics(x + K, K, eps, BLOCK)
-        if B > 2:
-            mean2, rstd2 = _statistics(x + 2 * K, K, eps, BLOCK)
-        if B > 3:
-            mean3, rstd3 = _statistics(x + 3 * K, K, eps, BLOCK)
     wide = w.to(tl.float32)
     g = tl.load(scale + columns, mask=columns < K, other=0.0).to(tl.float32) if NORM else 1.0
     total0 = _part(wide, x, columns, g, mean0, rstd0, K, EVEN, NORM)
     if B > 1:
         total1 = _part(wide, x + K, columns, g, mean1, rstd1, K, EVEN, NORM)
-    if B > 2:
-        total2 = _part(wide, x + 2 * K, columns, g, mean2, rstd2, K, EVEN, NORM)
-    if B > 3:
-        total3 = _part(wide, x + 3 * K, columns, g, mean3, rstd3, K, EVEN, NORM)
     for first in tl.range(BLOCK_K, K, BLOCK_K, num_stages=STAGES):
         k = first + columns
         if EVEN:
@@ -167,17 +161,9 @@ def _product_kernel(
         total0 += _part(wide, x, k, g, mean0, rstd0, K, EVEN, NORM)
         if B > 1:
             total1 += _part(wide, x + K, k, g, mean1, rstd1, K, EVEN, NORM)
-        if B > 2:
-            total2 += _part(wide, x + 2 * K, k, g, mean2, rstd2, K, EVEN, NORM)
-        if B > 3:
-            total3 += _part(wide, x + 3 * K, k, g, mean3, rstd3, K, EVEN, NORM)
-    _finish(total0, x, residual, y, 0, m, M, ADD, GELU)
+    _finish(total0, residual, y, 0, m, M, ADD, GELU)
     if B > 1:
-        _finish(total1, x, residual, y, 1, m, M, ADD, GELU)
-    if B > 2:
-        _finish(total2, x, residual, y, 2, m, M, ADD, GELU)
-    if B > 3:
-        _finish(total3, x, residual, y, 3, m, M, ADD, GELU)
+        _finish(total1, residual, y, 1, m, M, ADD, GELU)
 
 
 def product(
@@ -200,19 +186,6 @@ def product(
         NORM=scale is not None, ADD=residual is not None, GELU=gelu, BLOCK_M=tiles.block_m, BLOCK_K=block_k,
         BLOCK=triton.next_power_of_2(K), STAGES=tiles.num_stages, PDL=pdl, num_warps=tiles.num_warps, launch_pdl=pdl,
     )  # fmt: skip
-
-
-@triton.jit
-def _gelu_kernel(x, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(x + at, mask=at < size, other=0.0).to(tl.float32)
-    values = 0.5 * values * (1 + tl.erf(values * 0.7071067811865476))
-    tl.store(x + at, values.to(x.dtype.element_ty), mask=at < size)
-
-
-def gelu_(x: Tensor) -> None:
-    """Overwrite x, contiguous, with its GELU."""
-    _gelu_kernel[(triton.cdiv(x.numel(), 1024),)](x, x.numel(), BLOCK=1024, num_warps=4)
 
 
 @triton.jit

@@ -180,9 +180,9 @@ def _gelu_kernel(x, output, size, BLOCK: tl.constexpr):
     tl.store(output + at, (values * _below(values)).to(output.dtype.element_ty), mask=there)
 
 
-def gelu(h: Tensor) -> Tensor:
-    """See `model.elementwise.gelu`; h is contiguous."""
-    output = torch.empty_like(h)
+def gelu(h: Tensor, output: Tensor | None = None) -> Tensor:
+    """See `model.elementwise.gelu`; h is contiguous, and so is what it is written to, which may be h itself."""
+    output = torch.empty_like(h) if output is None else output
     _gelu_kernel[(triton.cdiv(h.numel(), _FLAT),)](h, output, h.numel(), BLOCK=_FLAT, num_warps=8)
     return output
 

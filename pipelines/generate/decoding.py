@@ -94,13 +94,13 @@ class Decoding:
             GenerateError: the model computes no finite numbers.
         """
         hidden = self._prefill()
-        enough = max(row.most_new_tokens for row in self._rows) >= LEAST_STEPS
-        if enough and step_unavailable(self._model, self._cache) is None:
-            self._fast = DecodingStep(self._model, self._cache, self._alive)
         if not bool(hidden.isfinite().all()):
             raise GenerateError(
                 "the model computes NaN or infinity for this prompt: its training diverged; use an earlier one"
             )
+        enough = max(row.most_new_tokens for row in self._rows) >= LEAST_STEPS
+        if enough and step_unavailable(self._model, self._cache) is None:
+            self._fast = DecodingStep(self._model, self._cache, self._alive)
         while True:
             stretch = self._stretch()
             ids, kinds = self._media_codes(hidden, stretch) if stretch else self._one_token(hidden)
