@@ -59,14 +59,14 @@ class FaultPlan:
     delay_s: float = 3.0
     only: str = ""
     """A pattern to be found in `METHOD /bucket/key?query`; other requests are left alone."""
-    first: bool = False
-    """Only the first time that a request is sent."""
+    first: int = 0
+    """Only so many of the times that a request is sent, the first ones; 0: all."""
     ignore_conditions: bool = False
     """Be one of the stores that overwrite whatever a conditional PUT says."""
 
     def hits(self, method: str, path: str, headers: Mapping[str, str], attempt: int) -> bool:
         """Whether a request goes wrong at its n-th attempt."""
-        if not re.search(self.only, f"{method} {path}") or (self.first and attempt > 1):
+        if not re.search(self.only, f"{method} {path}") or (self.first and attempt > self.first):
             return False
         words = f"{self.seed}\n{method}\n{path}\n{headers.get('Range')}\n{attempt}"
         number = int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big")
@@ -97,7 +97,11 @@ class FaultyS3:
 
     def log(self) -> list[tuple[str, str]]:
         """`METHOD path` and fault of each request since the plan was made."""
-        return [(request, fault) for request, fault in json.loads(self._ask("GET", "/_log"))]
+        return [(request, fault) for request, fault, _ in json.loads(self._ask("GET", "/_log"))]
+
+    def sent(self) -> list[tuple[str, int]]:
+        """`METHOD path` and bytes of body of each request since the plan was made."""
+        return [(request, size) for request, _, size in json.loads(self._ask("GET", "/_log"))]
 
     def fill(self, prefix: str, count: int) -> None:
         """Put many empty objects into the bucket."""
@@ -134,7 +138,7 @@ class _Proxy(ThreadingHTTPServer):
     def __init__(self, server: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.plan = FaultPlan()
-        self.log: list[tuple[str, str]] = []
+        self.log: list[tuple[str, str, int]] = []
         self._server = server
         self._attempts: Counter[tuple[str, ...]] = Counter()
         self._faults = 0
@@ -159,7 +163,7 @@ class _Proxy(ThreadingHTTPServer):
                     s3_backends["123456789012"]["aws"].put_object("bucket", f"{prefix}{number:07}", b"")
             return self.log
 
-    def fault(self, method: str, path: str, headers: Mapping[str, str]) -> str:
+    def fault(self, method: str, path: str, headers: Mapping[str, str], size: int) -> str:
         """Count a request and say what it meets."""
         with self._lock:
             request = method, path, str(headers.get("Range"))
@@ -167,7 +171,7 @@ class _Proxy(ThreadingHTTPServer):
             hit = self.plan.hits(method, path, headers, self._attempts[request])
             kind = self.plan.kinds[self._faults % len(self.plan.kinds)] if hit else ""
             self._faults += hit
-            self.log.append((f"{method} {path}", kind))
+            self.log.append((f"{method} {path}", kind, size))
             return kind
 
     def forward(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, list[Any], bytes]:
@@ -198,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         if self.path.startswith("/_"):
             return self._answer(200, [], json.dumps(self.server.control(self.path, body)).encode())
-        kind = self.server.fault(self.command, self.path, self.headers)  # type: ignore[arg-type]
+        kind = self.server.fault(self.command, self.path, self.headers, len(body))  # type: ignore[arg-type]
         if kind == "delay":
             time.sleep(self.server.plan.delay_s)
         if kind in ("reset", "delay"):

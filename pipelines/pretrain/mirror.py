@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow.fs as pafs
 import torch.distributed as dist
 from rich.console import Console
 
@@ -29,6 +28,8 @@ from pipelines.shards.storage import DiskFullError, Storage, naming_a_full_disk,
 _RECORD = "checkpoint.json"
 _BESIDE = ("recipe.yaml", "metrics.jsonl")
 """Files of the run that belong to each checkpoint: without them a run in an empty folder would not be the same one."""
+
+_CHUNK = 2**23
 
 
 class Mirror:
@@ -125,7 +126,8 @@ class Mirror:
     def _fetch(there: Storage, name: str, target: Path) -> None:
         partial = target.with_name(f".{target.name}.fetched")
         with naming_a_full_disk(target.parent):
-            there.tried(lambda: pafs.copy_files(there.path(name), str(partial), source_filesystem=there.filesystem))
+            with there.open(name) as source, partial.open("wb") as copy:
+                shutil.copyfileobj(source, copy, _CHUNK)
             sync(partial)
             partial.replace(target)
 

@@ -27,6 +27,9 @@ Actions = Sequence[AddAction | RemoveAction]
 _APP = "braid"
 """Application id of the commits' counter."""
 
+_MARK = "braid.commit"
+"""The field of a commit that says who made it: a word of chance."""
+
 _TRIES = 20
 """Commits that may be lost against other jobs."""
 
@@ -47,8 +50,22 @@ def is_table(folder: Storage) -> bool:
 
 def create_table(folder: Storage, schema: pa.Schema, **settings: Any) -> DeltaTable:
     """Make a table; fails if there is one."""
-    options = folder.delta_options
-    return _tried(folder, lambda: DeltaTable.create(folder.uri, schema, storage_options=options, **settings))
+    mark = uuid.uuid4().hex
+    properties = CommitProperties(custom_metadata={_MARK: mark}, max_commit_retries=0)
+
+    def attempt() -> DeltaTable:
+        options = folder.delta_options
+        try:
+            return DeltaTable.create(
+                folder.uri, schema, storage_options=options, commit_properties=properties, **settings
+            )
+        except (DeltaError, OSError):
+            # The store may have done it, but its answer was lost; then a second try lost against the first.
+            if mark not in _text(folder, commit_name(0)):
+                raise
+            return DeltaTable(folder.uri, version=0, storage_options=options)
+
+    return _tried(folder, attempt)
 
 
 def ensure_table(folder: Storage, schema: pa.Schema) -> None:
@@ -91,7 +108,7 @@ def swap(folder: Storage, table: DeltaTable, actions: Actions, schema: pa.Schema
     def attempt() -> bool:
         counter = (table.transaction_version(_APP) or 0) + 1
         properties = CommitProperties(
-            custom_metadata={"braid.commit": mark}, app_transactions=[Transaction(_APP, counter)], max_commit_retries=0
+            custom_metadata={_MARK: mark}, app_transactions=[Transaction(_APP, counter)], max_commit_retries=0
         )
         try:
             table.create_write_transaction(
@@ -99,10 +116,9 @@ def swap(folder: Storage, table: DeltaTable, actions: Actions, schema: pa.Schema
             )
         except (DeltaError, OSError) as error:
             # The store may have done it, but its answer was lost; then a second try lost against the first.
-            if folder.exists(commit):
-                return mark in folder.read(commit).decode()
-            if isinstance(error, CommitFailedError):
-                return False
+            text = _text(folder, commit)
+            if text or isinstance(error, CommitFailedError):
+                return mark in text
             raise
         return True
 
@@ -137,6 +153,11 @@ def require_compare_and_swap(dataset: Storage) -> None:
             f"{dataset.uri}: this store ignores `If-None-Match: *`, so two jobs could overwrite each other's commits; "
             "name another store or a local disk for the dataset, or update the store: see docs/storage.md"
         )
+
+
+def _text(folder: Storage, commit: str) -> str:
+    """What a commit says; nothing if there is none."""
+    return folder.read(commit).decode() if folder.exists(commit) else ""
 
 
 def _tried(folder: Storage, attempt: Callable[[], T]) -> T:

@@ -138,20 +138,18 @@ class Storage:
 
     def upload(self, source: Path, name: str) -> None:
         """Move a finished local file here; on a local disk from the same one."""
-        target = self.path(name)
         if self.is_local:
-            source.replace(target)
+            source.replace(self.path(name))
             return
-        self.tried(lambda: self._copy(source, target))
+        self.tried(lambda: self._copy(source, name))
         source.unlink()
 
     def put(self, source: Path, name: str) -> None:
         """Copy a finished local file here; whole under its name or not there."""
-        target = self.path(name)
         if not self.is_local:
-            self.tried(lambda: self._copy(source, target))
+            self.tried(lambda: self._copy(source, name))
             return
-        _whole(Path(target), lambda temporary: shutil.copyfile(source, temporary))
+        _whole(Path(self.path(name)), lambda temporary: shutil.copyfile(source, temporary))
 
     def folders(self) -> list[str]:
         """Names of the folders directly in this one, sorted; none where it is missing."""
@@ -180,16 +178,16 @@ class Storage:
         selector = pafs.FileSelector(self.path(folder), allow_not_found=True)
         return list(self.tried(lambda: self.filesystem.get_file_info(selector)))
 
-    def _put(self, name: str, data: bytes) -> None:
-        with self.filesystem.open_output_stream(self.path(name)) as stream:
+    def _copy(self, source: Path, name: str) -> None:
+        # Not by `pyarrow.fs.copy_files`: it leaves closing to a destructor, which hides a failed upload and then sends an
+        # empty one that nobody waits for, and that may empty what the next attempt has written.
+        with pa.memory_map(str(source)) as file:
+            self._put(name, file.read_buffer())
+
+    def _put(self, name: str, data: bytes | pa.Buffer) -> None:
+        path, size = self.path(name), len(data)
+        with self.filesystem.open_output_stream(path) as stream:
             stream.write(data)
-        self._require_size(self.path(name), len(data))
-
-    def _copy(self, source: Path, target: str) -> None:
-        pafs.copy_files(str(source), target, destination_filesystem=self.filesystem)
-        self._require_size(target, source.stat().st_size)
-
-    def _require_size(self, path: str, size: int) -> None:
         there = self.filesystem.get_file_info(path).size
         if there != size:
             raise OSError(errno.EIO, f"{size} bytes were written, but {there} are there", path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from deltalake.exceptions import DeltaError
 
 from pipelines.corpus import remote
 from pipelines.corpus.documents import Document, Input, Reject, Slice
@@ -54,7 +55,7 @@ def s3(server: FaultyS3) -> FaultyS3:
 def test_a_file_is_written_whole_through_every_kind_of_fault(kind: str, s3: FaultyS3, tmp_path: Path) -> None:
     storage = Storage.of(f"s3://bucket/files/{kind}/")
     large = np.random.default_rng(0).bytes(11_000_000)
-    s3.plan(rate=0.5, kinds=[kind], seed=2, first=True)
+    s3.plan(rate=0.5, kinds=[kind], seed=2, first=1)
     storage.write("small", b"a fox")
     (tmp_path / "large").write_bytes(large)
     storage.upload(tmp_path / "large", "large")
@@ -67,11 +68,24 @@ def test_a_file_is_written_whole_through_every_kind_of_fault(kind: str, s3: Faul
     assert any(fault == kind for _, fault in s3.log())
 
 
+@pytest.mark.parametrize("kind", AFTER)
+def test_an_upload_that_fails_sends_nothing_after_it_that_could_empty_the_file(
+    kind: str, s3: FaultyS3, tmp_path: Path
+) -> None:
+    """A request that is given up may still be carried out, after the next attempt has succeeded."""
+    (tmp_path / "shard").write_bytes(bytes(range(256)) * 20)
+    s3.plan(rate=1.0, kinds=[kind], first=4, only="PUT .*/shard")
+    Storage.of(f"s3://bucket/uploads/{kind}").upload(tmp_path / "shard", "shard")
+    puts = [size for request, size in s3.sent() if request.startswith("PUT")]
+    assert len(puts) > 4
+    assert min(puts) >= 256 * 20
+
+
 @pytest.mark.parametrize("kind", FIRST)
 def test_a_commit_whose_answer_is_lost_is_there_once_and_known_as_one_s_own(kind: str, s3: FaultyS3) -> None:
     dataset = Dataset.create(f"s3://bucket/commits/{kind}", VOCABULARY, validation_share=0.2)
     reject = Reject(source="s/a.png", position=0, reason="image: damaged", error="s/a.png: truncated")
-    s3.plan(rate=1.0, kinds=[kind], first=True, only="PUT .*_delta_log|GET .*_delta_log/0+[12].json")
+    s3.plan(rate=1.0, kinds=[kind], first=1, only="PUT .*_delta_log|GET .*_delta_log/0+[12].json")
     for unit in ("u0", "u1"):
         row = random_row(f"{unit}r", np.random.default_rng(1))
         assert [w.unit for w in dataset.commit([write_unit(dataset, unit, [row], [reject])])] == [unit]
@@ -85,12 +99,23 @@ def test_a_commit_whose_answer_is_lost_is_there_once_and_known_as_one_s_own(kind
 
 
 @pytest.mark.parametrize("kind", AFTER)
+def test_a_dataset_whose_creation_was_answered_to_nobody_is_made(kind: str, s3: FaultyS3) -> None:
+    """Each table's first commit is done, and its answer lost: each finds that it was its own."""
+    uri = f"s3://bucket/creations/{kind}"
+    s3.plan(rate=1.0, kinds=[kind], first=1, only="PUT .*_delta_log/0+.json")
+    assert Dataset.create(uri, VOCABULARY, validation_share=0.2).version == 0
+    s3.plan()
+    with pytest.raises(DeltaError, match="already exists"):
+        Dataset.create(uri, VOCABULARY, validation_share=0.2)
+
+
+@pytest.mark.parametrize("kind", AFTER)
 def test_a_ledger_entry_whose_answer_is_lost_keeps_its_file(kind: str, s3: FaultyS3) -> None:
     storage = Storage.of(f"s3://bucket/ledgers/{kind}")
     item = Input(uri="a", size=1, etag="1", parts=("s3://bucket/a",))
     unit = WorkUnit(source="s", slices=(Slice(input=item, start=0, stop=1),))
     ledger = Ledger(storage)
-    s3.plan(rate=1.0, kinds=[kind], first=True, only="PUT .*_delta_log")
+    s3.plan(rate=1.0, kinds=[kind], first=1, only="PUT .*_delta_log")
     assert ledger.append([unit])
     assert Ledger(storage).units([unit.id]) == [unit]
 
@@ -160,7 +185,7 @@ def test_a_store_that_is_down_or_refuses_ends_in_a_clear_error(s3: FaultyS3, mon
 def test_a_table_that_two_make_at_once_is_one(s3: FaultyS3) -> None:
     """The answer to the first job's creation is lost: it finds its own table, and takes it."""
     folder = Storage.of("s3://bucket/made/twice")
-    s3.plan(rate=1.0, kinds=["reset after"], first=True, only="PUT .*_delta_log")
+    s3.plan(rate=1.0, kinds=["reset after"], first=1, only="PUT .*_delta_log")
     ensure_table(folder, SCHEMA)
     assert is_table(folder)
 
