@@ -16,7 +16,7 @@ from rich.table import Table
 
 from model import MODALITIES
 from pipelines.pretrain.checkpoint import CheckpointError, describe_checkpoint, list_checkpoints, step_of
-from pipelines.pretrain.metrics import ROLL_BACK, read_metrics
+from pipelines.pretrain.metrics import ROLL_BACK, SAVE, read_metrics
 from pipelines.pretrain.run import RunError, read_finished
 
 
@@ -95,6 +95,7 @@ def summary(run: Path) -> dict[str, Any]:
         "data_wait_share": _mean([r["data_wait_share"] for r in recent]),
         "padding_share": _mean([r["padding_share"] for r in recent]),
         "mfu": _mean([r["mfu"]["full"] for r in recent if "mfu" in r]),
+        "save_pause_s": max((r["pause_s"] for r in read_metrics(metrics, SAVE)), default=None),
         "memory_gb": max(r["memory_gb"] for r in recent) if recent else None,
         "datasets": last.get("datasets") if last else None,
         "faults": sum("fault" in r for r in steps),
@@ -129,6 +130,7 @@ def runs_table(found: Sequence[dict[str, Any]]) -> Table:
         "tokens/s",
         "MFU",
         "data wait",
+        "save pause",
         "padding",
         "GB",
         "faults",
@@ -144,6 +146,7 @@ def runs_table(found: Sequence[dict[str, Any]]) -> Table:
             f"{told['tokens_per_s']:,.0f}" if told["tokens_per_s"] else "",
             f"{told['mfu']:.1%}" if told["mfu"] is not None else "",
             f"{told['data_wait_share']:.1%}" if told["data_wait_share"] is not None else "",
+            f"{told['save_pause_s']:.2f} s" if told["save_pause_s"] is not None else "",
             f"{told['padding_share']:.1%}" if told["padding_share"] is not None else "",
             f"{told['memory_gb']:,.1f}" if told["memory_gb"] is not None else "",
             ", ".join(

@@ -33,7 +33,7 @@ from pipelines.pretrain.export import export_checkpoint, export_model
 from pipelines.pretrain.faults import Guard, Watchdog, stacks_left, take_step
 from pipelines.pretrain.initialization import share_codebook_directions
 from pipelines.pretrain.interruption import Interruption, lost_ranks
-from pipelines.pretrain.metrics import Metrics
+from pipelines.pretrain.metrics import SAVE, Metrics
 from pipelines.pretrain.mfu import peak_of
 from pipelines.pretrain.mirror import Mirror, restore
 from pipelines.pretrain.optimizer import make_optimizer, set_learning_rate
@@ -157,6 +157,9 @@ def _train(
             optimizer.zero_grad()
             metrics.step(step, losses, norm, learning_rate, verdict)
             roll_back.taken(step)
+            if saver.unprepared:
+                with metrics.pause():
+                    saver.prepare(model, optimizer)
             watchdog.alive()
             validating = validator.targets > 0 and _due(step, recipe.validation.every, total)
             saving = _due(step, recipe.checkpoints.every, total)
@@ -180,7 +183,7 @@ def _train(
                 if saving:
                     # From here on, this is what a spike goes back to.
                     guard.roll_backs = 0
-                with metrics.pause():
+                with metrics.pause() as pause:
                     state = Checkpoint(
                         step=step,
                         loader=loader.state_dict(),
@@ -188,9 +191,11 @@ def _train(
                         vocabulary=vocabulary.to_dict(),
                         guard=guard.state_dict(),
                     )
-                    saver.save(state, model, optimizer)
+                    waited = saver.save(state, model, optimizer)
                     if interrupted:
                         saver.wait(last=True)
+                paused, waited = ranks.largest(pause.seconds, waited)
+                metrics.write(SAVE, step, {"pause_s": paused, "waited_s": waited})
                 watchdog.alive()
             if interrupted and step < total:
                 interruption.stop(step)

@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +36,17 @@ Record = Mapping[str, Any]
 
 ROLL_BACK = "roll_back"
 """Kind of the records of a run that went back to a checkpoint, each under the first step that was taken anew."""
+
+SAVE = "save"
+"""Kind of the records of checkpoints, under the step that each was made after: how long training paused for it."""
+
+
+@dataclass(slots=True)
+class Pause:
+    """Time that is no training."""
+
+    seconds: float = 0.0
+    """Known when the pause is over."""
 
 
 class Metrics:
@@ -115,12 +127,15 @@ class Metrics:
         self._waited += time.perf_counter() - asked
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Do not count the time inside as training."""
+    def pause(self) -> Iterator[Pause]:
+        """Do not count the time inside as training; it begins when the device has nothing left to do."""
+        recorded = bool(self._pending)
         self.flush()
-        asked = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - asked
+        asked = self._since if recorded else time.perf_counter()
+        pause = Pause()
+        yield pause
+        pause.seconds = time.perf_counter() - asked
+        self._paused += pause.seconds
 
     def step(self, step: int, losses: Losses, gradient_norm: Tensor, learning_rate: float, verdict: Tensor) -> None:
         """Record a training step. Its values stay on the device until lines are written, all in one transfer.

@@ -64,6 +64,13 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def largest(self, *numbers: float) -> list[float]:
+        """Of each number the largest over all ranks, without any work of a GPU."""
+        told = torch.tensor(numbers, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return told.tolist()
+
     def agree(self, number: int) -> int:
         """The first rank's number, on all ranks."""
         shared = torch.tensor(number, device=self.device)

@@ -1,12 +1,14 @@
 """Saving while training goes on.
 
 Enters: a `Checkpoint`, model and optimizer, at a step boundary. Leaves: a checkpoint, some steps later; on request its
-weights as a model of its own. Always holds: training waits only while weights and moments are copied to host memory; one
-checkpoint is written at a time; what could not be written is said, and ends the run when it happens twice in a row.
+weights as a model of its own. Always holds: training waits only while weights and moments are copied to host memory, and
+for the checkpoint before where that is still being written; one checkpoint is written at a time; what could not be written is
+said, and ends the run when it happens twice in a row.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +17,6 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from pipelines.pretrain.checkpoint import (
     Checkpoint,
@@ -26,6 +27,7 @@ from pipelines.pretrain.checkpoint import (
 )
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer
 from pipelines.pretrain.recipe import CheckpointSettings
+from pipelines.pretrain.staging import Staging
 from pipelines.shards.storage import DiskFullError
 
 
@@ -52,8 +54,8 @@ class Saver:
         self._say, self._after, self._protected = say, after, protected
         # A group of its own, because the thread must not come between the collectives of the training step.
         self._group = dist.new_group(backend="gloo")
-        # The cache is page-locked memory, which makes copies several times as fast.
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=ranks.device.type == "cuda")
+        # Where training waits for the writing anyway, memory that is locked all the while would gain nothing.
+        self._staging = Staging(ranks.device, page_locked=ranks.device.type == "cuda" and settings.asynchronous)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="braid-saver")
         self._running: Future[Path] | None = None
         self._failed = 0
@@ -71,19 +73,57 @@ class Saver:
         finally:
             self._thread.shutdown()
 
-    def save(self, checkpoint: Checkpoint, model: ShardedTransformer, optimizer: torch.optim.Optimizer) -> None:
+    @property
+    def unprepared(self) -> bool:
+        """Whether the first save would take seconds longer than the others: call `prepare` before."""
+        return not self._staging.ready
+
+    def prepare(self, model: ShardedTransformer, optimizer: torch.optim.Optimizer) -> None:
+        """Get the page-locked memory of all saves, once the optimizer has its moments; every rank must call it.
+
+        Between two steps, and not on a thread while they are taken: the driver may let all work on the device come to its
+        end before it locks pages. Kernels of NCCL that wait for another rank, whose driver does the same, would never.
+        """
+        if self._staging.ready:
+            return
+        began = time.perf_counter()
+        size, fault = 0, ""
+        try:
+            size = self._staging.lock(state_of(model, optimizer))
+        except RuntimeError as error:
+            fault = f"rank {self._ranks.rank}: {error}"
+        outcomes: list[Any] = [None] * self._ranks.world_size
+        dist.all_gather_object(outcomes, (size, fault), group=self._group)
+        if not self._ranks.first:
+            return
+        took = time.perf_counter() - began
+        self._say(
+            f"checkpoints: {sum(size for size, _ in outcomes) / 1e9:,.1f} GB of host memory page-locked for them, on all "
+            f"ranks together, in {took:.1f} s"
+        )
+        if faults := [fault for _, fault in outcomes if fault]:
+            self._say(
+                f"NO PAGE-LOCKED MEMORY for checkpoints on {len(faults)} of {len(outcomes)} ranks ({faults[0]}): each save "
+                "pauses training several times as long. Give the job more memory, or use more GPUs."
+            )
+
+    def save(self, checkpoint: Checkpoint, model: ShardedTransformer, optimizer: torch.optim.Optimizer) -> float:
         """Begin to write a checkpoint; the one before it is waited for.
+
+        Returns:
+            Seconds that the one before it was waited for.
 
         Raises:
             DiskFullError, SaveError: two in a row could not be written.
         """
+        asked = time.perf_counter()
         self.wait()
-        staged: Any = self._stager.stage(state_of(model, optimizer))
-        if self._ranks.device.type == "cuda":
-            torch.cuda.synchronize()
+        waited = time.perf_counter() - asked
+        staged = self._staging.copy(state_of(model, optimizer))
         self._running = self._thread.submit(self._write, checkpoint, staged)
         if not self._settings.asynchronous:
             self.wait()
+        return waited
 
     def wait(self, *, last: bool = False) -> None:
         """Wait until everything is written.

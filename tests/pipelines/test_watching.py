@@ -87,6 +87,8 @@ def test_utilisation_is_told_where_the_peak_is_known(dataset: Dataset, tmp_path:
     events.Reload()
     assert [e.step for e in events.Scalars("train/datasets/tokens/text")] == [1, 2]
     assert [e.step for e in events.Scalars("train/mfu/full")] == [1, 2]
+    assert [e.step for e in events.Scalars("save/pause_s")] == [2]
+    assert summary(folder)["save_pause_s"] > 0
 
 
 def test_wandb_where_it_is_not_installed_is_refused_before_any_work(
