@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -164,11 +163,21 @@ def start(line: Line, micro: int, arguments: argparse.Namespace, label: dict[str
         _, said = process.communicate(timeout=arguments.limit)
         error = None if process.returncode == 0 else _why(said)
     except subprocess.TimeoutExpired:
-        # Its ranks are in its process group.
-        os.killpg(process.pid, signal.SIGKILL)
-        _, said = process.communicate()
+        _, said = end(process)
         error = f"over its limit of {arguments.limit} s; {said[-600:]}"
     return error, round(time.perf_counter() - began, 1)
+
+
+def end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """End a run with all its ranks; what it has said."""
+    # torchrun's ranks are in sessions of their own: killed, it would leave them behind, on their GPUs. Asked, it ends them,
+    # by SIGKILL where they take longer than half a minute.
+    process.terminate()
+    try:
+        return process.communicate(timeout=45)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()
 
 
 def settings_of(line: Line) -> dict[str, Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch.multiprocessing as mp
 
 from benchmarks.collectives import CountCollectives
 from benchmarks.exposed import exposed_ms
+from benchmarks.multi_gpu import end
 from benchmarks.packed_workload import Step
 from benchmarks.scaling import table
 from model import PackedBatch, UnifiedTransformerConfig
@@ -189,3 +193,26 @@ def test_exposed_communication_is_what_nothing_else_overlaps() -> None:
     )
     assert found == {"communication": 2.5, "exposed": 1.8, "computing": 2.2, "idle": 2.0}
     assert exposed_ms([]) == {}
+
+
+@pytest.mark.slow
+def test_a_measured_run_that_is_ended_leaves_no_rank_behind(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, pathlib, time\n"
+        "where = pathlib.Path(__file__).with_name('rank-' + os.environ['RANK'])\n"
+        "where.with_suffix('.partial').write_text(str(os.getpid()))\n"
+        "where.with_suffix('.partial').rename(where)\n"
+        "time.sleep(300)\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    process = subprocess.Popen(launcher, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        while len(found := list(tmp_path.glob("rank-?"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        end(process)
+    for file in found:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
