@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,7 @@ STEPS = {"8b": 12, "1b": 48, "tiny": 12}
 SAVES = {"8b": 0, "1b": 2, "tiny": 2}
 WARM = 3
 """Steps that compile kernels and find memory, of which speed is not told."""
+CHECKED = "documents of the same lengths and shares of modalities; the same model, optimizer and step"
 TOLERANCE = 2e-3
 """Of losses in bfloat16 on another number of ranks, relative."""
 
@@ -68,13 +70,13 @@ def main() -> None:
         arguments.sizes, arguments.rows, arguments.sequences, arguments.tokens = "tiny", "2", 4, 60_000
         arguments.compare = 4
     arguments.out.unlink(missing_ok=True)
-    closing = []
+    closing: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         length = 256 if arguments.quick else 4096
         shaped_dataset(Path(folder) / "tokens", arguments.tokens, longest=length)
         for size in arguments.sizes.split(","):
             measure = across if arguments.ranks > 1 else alone
-            record = {"size": size, "ranks": arguments.ranks, "hardware": hardware()}
+            record: dict[str, Any] = {"size": size, "ranks": arguments.ranks}
             try:
                 record |= measure(size, Path(folder), arguments)
             except RuntimeError as error:
@@ -82,9 +84,20 @@ def main() -> None:
             print(json.dumps(record), flush=True)
             with arguments.out.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            closing += closing_of(record)
+            if "bare_tokens_per_s" in record:
+                closing.append(record)
+    # Not before: asking which GPU it is takes memory of it, of which `8b` leaves little.
+    print(hardware())
     if closing:
-        close(closing)
+        close(
+            [
+                result(
+                    f"{r['size']}: a whole run, against the bare step", r["tokens_per_s"], r["bare_tokens_per_s"], "tokens/s",
+                    checked=CHECKED,
+                )
+                for r in closing
+            ]
+        )  # fmt: skip
 
 
 def recipe_of(size: str, rows: int, folder: Path, arguments: argparse.Namespace, *, every: int) -> list[str]:
@@ -110,6 +123,10 @@ def fitting(size: str, folder: Path, arguments: argparse.Namespace, *, every: in
             return run
         except RuntimeError as error:
             said = str(error).lower()
+            if len(run.steps) > WARM:
+                # What it has told is worth having.
+                run.fault = str(error)
+                return run
             if ("out of memory" not in said and "outofmemory" not in said) or number == rows[-1]:
                 raise
             print(f"{size}: micro-batches of {number} rows do not fit", flush=True)
@@ -122,8 +139,9 @@ def alone(size: str, folder: Path, arguments: argparse.Namespace) -> dict[str, A
     saves = SAVES[size] or (1 if size in arguments.save.split(",") else 0)
     run = fitting(size, folder, arguments, every=steps // saves if saves else 0, steps=steps, saves=saves)
     found = figures(run)
+    shutil.rmtree(run.folder)
     if arguments.bare:
-        found["bare_tokens_per_s"] = bare(size, folder, run, arguments)
+        found |= bare(folder, run, arguments)
     return found
 
 
@@ -133,6 +151,8 @@ def across(size: str, folder: Path, arguments: argparse.Namespace) -> dict[str, 
     every, steps = 2 * arguments.compare, 3 * arguments.compare
     run = fitting(size, folder, arguments, every=every, steps=steps, saves=1)
     found = figures(run)
+    if run.fault:
+        return found
     expected = run.losses(after=every)
     resumed = []
     ranks = arguments.ranks // 2
@@ -187,10 +207,10 @@ def figures(run: Watched) -> dict[str, Any]:
             }
             for save in run.saves
         ],
-    }
+    } | ({"error": run.fault} if run.fault else {})
 
 
-def bare(size: str, folder: Path, run: Watched, arguments: argparse.Namespace) -> float:
+def bare(folder: Path, run: Watched, arguments: argparse.Namespace) -> dict[str, Any]:
     """tokens/s of the step of the same recipe on the fixed workload, nothing around it."""
     out = folder / "bare.jsonl"
     out.unlink(missing_ok=True)
@@ -202,17 +222,8 @@ def bare(size: str, folder: Path, run: Watched, arguments: argparse.Namespace) -
     ]  # fmt: skip
     done = subprocess.run(command, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RuntimeError(f"the bare step of {size}: {done.stderr[-800:]}")
-    return float(json.loads(out.read_text())["tokens_per_s_gpu"])
-
-
-def closing_of(record: dict[str, Any]) -> list[dict[str, object]]:
-    """What the run reached of the bare step's speed."""
-    if "bare_tokens_per_s" not in record:
-        return []
-    what = f"{record['size']}: a whole run, against the bare step"
-    checked = "documents of the same lengths and shares of modalities; the same model, optimizer and step"
-    return [result(what, record["tokens_per_s"], record["bare_tokens_per_s"], "tokens/s", checked=checked)]
+        return {"bare_error": done.stderr[-800:]}
+    return {"bare_tokens_per_s": json.loads(out.read_text())["tokens_per_s_gpu"]}
 
 
 if __name__ == "__main__":

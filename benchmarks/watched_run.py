@@ -45,6 +45,8 @@ class Watched:
         self.whole_after_s: dict[int, float] = {}
         """By step: from the end of the pause to the moment when the checkpoint had its name."""
         self.bytes_of: dict[int, int] = {}
+        self.fault = ""
+        """Why it ended before it should, for who keeps what it has told."""
         self.first_step_s = 0.0
         """From the start of the process to the first record."""
         self._seen: dict[tuple[str, int], float] = {}
