@@ -1,0 +1,93 @@
+"""Our own decoding: eager, captured, and captured with programmatic launch."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.decoding.workload import (
+    cache_for,
+    config_for,
+    drawn,
+    prompts,
+    random_model,
+    slots_for,
+    speaker,
+    tell,
+)
+from benchmarks.training.records import between, device, error_of, guarded, mark, median_ms, synchronize
+from model import KeyValueCache, UnifiedTransformer, UnifiedTransformerConfig
+from model.decode import DecodingStep, step_unavailable
+
+EAGER_TOKENS = 16
+"""Launching from Python takes as long for every token, so a few say it."""
+
+
+def check(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
+    """A small model's step, eager and captured, against float64 on the CPU."""
+    say = speaker(arguments, "check")
+    sizes: dict[str, Any] = {"hidden_size": 512, "num_layers": 4, "num_attention_heads": 4, "ffn_hidden_size": 2048}
+    config = UnifiedTransformerConfig(**sizes, text_vocab_size=500, max_sequence_length=512, device="cpu")
+    exact = UnifiedTransformer(config, seed=0).bfloat16().double().eval()
+    here = UnifiedTransformer(config, seed=0).to(device(), torch.bfloat16).eval()
+    for rows in (1, 3, 8):
+        ids, kinds = torch.randint(500, (rows, 204)), torch.zeros(rows, 204, dtype=torch.int64)
+        right = exact.hidden_states(ids, kinds)[:, -1]
+        errors = {}
+        for way in ("eager", "fast", "programmatic"):
+            cache = KeyValueCache(config, rows, 300, device(), torch.bfloat16)
+            here.prefill(ids[:, :200].to(device()), kinds[:, :200].to(device()), cache)
+            if way != "eager" and (reason := step_unavailable(here, cache)):
+                say("agreement", skipped=reason)
+                break
+            step = None if way == "eager" else DecodingStep(here, cache, programmatic=way == "programmatic")
+            for t in range(200, 204):
+                new = ids[:, t].to(device()), kinds[:, t].to(device())
+                hidden = here.decode_step(*new, cache) if step is None else step(*new)
+            errors[way] = error_of(hidden, right)
+        say("agreement", rows=rows, errors_against_float64=errors)
+
+
+def time_ours(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
+    """Milliseconds a token of each way, behind prompts of one length."""
+    say, rows = speaker(arguments, "ours"), option["rows"]
+    model = random_model(config_for(arguments))
+    ids, kinds = prompts(arguments, model.config, rows)
+    cache = cache_for(model, rows, slots_for(arguments))
+
+    def prefill() -> None:
+        cache.reset()
+        model.prefill(ids, kinds, cache)
+
+    first = median_ms(prefill, 1, warm=1)
+    for way in arguments.ways.split(","):
+        cache.lengths.fill_(arguments.prompt)
+        cache.occupied = arguments.prompt
+        with guarded(say, way):
+            if way != "eager" and (reason := step_unavailable(model, cache)):
+                say(way, rows=rows, skipped=reason)
+                continue
+            tokens = min(arguments.tokens, EAGER_TOKENS) if way == "eager" else arguments.tokens
+            ms = _ms_a_token(model, cache, ids[:, 0].contiguous(), way, tokens)
+            tell(say, arguments, way, rows=rows, ms=ms, tokens=tokens, first_token_ms=round(first, 1))
+
+
+def _ms_a_token(model: UnifiedTransformer, cache: KeyValueCache, token: Tensor, way: str, tokens: int) -> float:
+    step = None if way == "eager" else DecodingStep(model, cache, programmatic=way == "programmatic")
+    kind = torch.ones_like(token)
+
+    def one() -> None:
+        hidden = model.decode_step(token, kind, cache) if step is None else step(token, kind)
+        token.copy_(drawn(model.image_logits(hidden)))
+
+    one()
+    synchronize()
+    began = mark()
+    for _ in range(tokens):
+        one()
+    ended = mark()
+    synchronize()
+    return between(began, ended) / tokens
