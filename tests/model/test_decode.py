@@ -105,6 +105,6 @@ def test_a_seed_reproduces_the_bytes_of_all_files(tmp_path: Path, monkeypatch: p
     first, again, other = files("first", 7), files("again", 7), files("other", 8)
     assert len(steps) == 3, "each went through the step"
     assert all((step._graph is not None) == (DEVICE == "cuda") for step in steps)
-    assert len(first) == 12, "a text, a picture and a record of each sample"
+    assert len(first) == 16, "a text, a picture and a record of each, of four samples"
     assert first == again
     assert set(first.values()).isdisjoint(other.values())
