@@ -5,6 +5,7 @@ is). Each section runs in a process of its own with a time limit; its results ar
 
     check         our step, eager and captured, against float64
     ours          milliseconds a token for each batch size; one process each
+    prompts       milliseconds to read 1, 16 and 64 prompts, of one length and of many
     profile       where a token's time goes, by group of kernels
     compiled      a plain decoder with a static cache, one block compiled, all captured
     transformers  `generate` of transformers, with a static cache, compiled, and with a dynamic one
@@ -28,19 +29,20 @@ from benchmarks import sections
 from benchmarks.decoding.compiled import time_compiled
 from benchmarks.decoding.kernels import profile, sweep
 from benchmarks.decoding.library import time_library
-from benchmarks.decoding.ours import check, time_ours
+from benchmarks.decoding.ours import check, time_ours, time_prompts
 from benchmarks.decoding.workload import bandwidth
 from benchmarks.measuring import close, result
 from benchmarks.training.records import SIZES, records
 
 LIMIT_S = {
-    "check": 60, "ours": 75, "profile": 60, "compiled": 150, "transformers": 150, "sweep": 60, "whole": 300,
+    "check": 60, "ours": 75, "prompts": 75, "profile": 60, "compiled": 150, "transformers": 150, "sweep": 60, "whole": 300,
 }  # fmt: skip
 """Minutes where much is compiled; 64 rows read their prompts for 10 s."""
 
 SECTIONS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], None]] = {
     "check": check,
     "ours": time_ours,
+    "prompts": time_prompts,
     "profile": profile,
     "compiled": time_compiled,
     "transformers": time_library,
@@ -51,7 +53,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--sections", default="check,ours,profile,compiled,transformers,sweep")
+    parser.add_argument("--sections", default="check,ours,prompts,profile,compiled,transformers,sweep")
     parser.add_argument("--size", default="8b", choices=SIZES)
     parser.add_argument("--batches", default="1,2,4,8,16,32,64")
     parser.add_argument("--prompt", type=int, default=2048)
@@ -81,6 +83,8 @@ def options(section: str, arguments: argparse.Namespace) -> list[dict[str, Any]]
     """What a section is run for, each in a process of its own."""
     if section == "ours":
         return [{"rows": int(rows)} for rows in arguments.batches.split(",")]
+    if section == "prompts":
+        return [{"rows": rows} for rows in ((1, 3) if arguments.quick else (1, 16, 64))]
     if section == "transformers":
         return [{"cache": "static"}, {"cache": "dynamic"}]
     return [{"way": {"compiled": "block", "whole": "whole"}[section]}] if section in ("compiled", "whole") else [{}]
@@ -102,7 +106,7 @@ def summary(out: Path) -> None:
             )
         elif r.get("error"):
             print(f"{r['section']:<14}{r['what']:<18}ERROR {r['error'][-300:]}")
-        elif r["what"] == "token" or r.get("skipped"):
+        elif r["what"] in ("token", "equal", "ragged") or r.get("skipped"):
             print(json.dumps(r))
     timed = [r for r in records(out) if "tokens_per_s" in r and r["rows"] == 1]
     ours = max((r["tokens_per_s"] for r in timed if r["section"] == "ours"), default=None)

@@ -1,4 +1,4 @@
-"""Our own decoding: eager, captured, and captured with programmatic launch."""
+"""Our own decoding: the step, eager, captured, and captured with programmatic launch; and the prompts before it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.decoding.workload import (
     speaker,
     tell,
 )
-from benchmarks.training.records import between, device, error_of, guarded, mark, median_ms, synchronize
+from benchmarks.training.records import between, device, error_of, guarded, mark, median_ms, peak_gib, synchronize
 from model import KeyValueCache, UnifiedTransformer, UnifiedTransformerConfig
 from model.decode import DecodingStep, step_unavailable
 
@@ -91,3 +91,36 @@ def _ms_a_token(model: UnifiedTransformer, cache: KeyValueCache, token: Tensor, 
     ended = mark()
     synchronize()
     return between(began, ended) / tokens
+
+
+def time_prompts(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
+    """Milliseconds to read prompts, of one length or of many: as `prefill` does, and under a dense mask over padded rows."""
+    say, rows = speaker(arguments, "prompts"), option["rows"]
+    model = random_model(config_for(arguments))
+    ids, kinds = prompts(arguments, model.config, rows)
+    cache = cache_for(model, rows, slots_for(arguments))
+    T = arguments.prompt
+    spread = torch.linspace(1, T, rows).round().long() if rows > 1 else torch.tensor([T])
+    for name, counts in {"equal": torch.full((rows,), T), "ragged": spread}.items():
+        lengths = counts.to(device())
+        last = torch.arange(rows, device=device()), lengths - 1
+        found: dict[str, Tensor] = {}
+
+        def dense(found: dict[str, Tensor] = found, last: tuple[Tensor, Tensor] = last) -> None:
+            cache.reset()
+            found["dense"] = model.hidden_states(ids, kinds, cache=cache)[last]
+
+        def grouped(found: dict[str, Tensor] = found, lengths: Tensor = lengths) -> None:
+            cache.reset()
+            found["prefill"] = model.prefill(ids, kinds, cache, lengths)
+
+        times: dict[str, float] = {}
+        for way, run in {"prefill": grouped, "dense": dense}.items():
+            with guarded(say, f"{name}, {way}"):
+                times[way] = median_ms(run, 3, warm=1)
+        difference = error_of(found["prefill"], found["dense"]) if len(found) == 2 else None
+        say(
+            name, rows=rows, tokens=int(counts.sum()), ms={way: round(ms, 1) for way, ms in times.items()},
+            attention=model.attention_backend_for(device(), model.final_norm.weight.dtype), difference=difference,
+            peak_gib=peak_gib(),
+        )  # fmt: skip

@@ -439,6 +439,19 @@ def test_a_model_of_the_first_codebooks_gets_a_tokenizer_of_them(
     assert sample.spans[0].waveform.shape == (800,)
 
 
+def test_a_model_trained_by_kernels_that_are_not_here_generates(
+    vocabulary: Vocabulary, recipe: TokenizeRecipe, tmp_path: Path
+) -> None:
+    about = {"tokenizers": recipe.tokenizers.model_dump(mode="json")}
+    made = []
+    for name, backend in [("here", "auto"), ("elsewhere", "flash_attn_4")]:
+        model = _model(vocabulary, attention_backend=backend)
+        with join_ranks("cpu") as ranks:
+            export_model(tmp_path / name, model, vocabulary, about, ranks)  # type: ignore[arg-type]
+        made.append(generate(tmp_path / name, want="image", prompt="lazy", seed=3))
+    assert _tokens(made[0][0]) == _tokens(made[1][0])
+
+
 def test_a_damaged_or_incomplete_checkpoint_is_refused(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     import shutil
 
