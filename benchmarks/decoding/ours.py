@@ -117,7 +117,7 @@ def time_prompts(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
         times: dict[str, float] = {}
         for way, run in {"prefill": grouped, "dense": dense}.items():
             with guarded(say, f"{name}, {way}"):
-                times[way] = median_ms(run, 3, warm=1)
+                times[way] = median_ms(run, 2, warm=1)
         difference = error_of(found["prefill"], found["dense"]) if len(found) == 2 else None
         say(
             name, rows=rows, tokens=int(counts.sum()), ms={way: round(ms, 1) for way, ms in times.items()},
