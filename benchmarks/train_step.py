@@ -19,22 +19,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import sections
 from benchmarks.measuring import close, result
 from benchmarks.training.check import check
 from benchmarks.training.kernels import time_attention, time_products
 from benchmarks.training.losses import compare_losses
 from benchmarks.training.peers import PEERS, time_peer
-from benchmarks.training.records import SIZES, record, records
+from benchmarks.training.records import SIZES, records
 from benchmarks.training.steps import time_steps
 from benchmarks.training.variants import VARIANTS, time_variant
 from model.attention import BACKENDS
@@ -56,8 +53,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("train_step.jsonl"))
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
-    parser.add_argument("--option", default="{}", help=argparse.SUPPRESS)
+    sections.add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.size, arguments.length, arguments.steps, arguments.micro = "quick", 256, 2, "2"
@@ -84,31 +80,8 @@ def main() -> None:
 
 def start(section: str, arguments: argparse.Namespace, option: dict[str, Any]) -> None:
     """Run a section in a process of its own; whatever happens to it is a record."""
-    began = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.train_step", "--run", section, "--option", json.dumps(option)]
-    for name in ("size", "steps", "length", "micro", "out"):
-        command += [f"--{name}", str(getattr(arguments, name))]
-    command += ["--quick"] if arguments.quick else []
-    if arguments.attention:
-        command += ["--attention", arguments.attention]
-    environment = os.environ | {
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        "PYTHONUNBUFFERED": "1",
-        # flash-attn-4 compiles its kernels on first use: once for all sections.
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
-    }
-    print(f"== {section} {option or ''}", flush=True)
-    error = None
-    try:
-        done = subprocess.run(
-            command, env=environment, timeout=option.get("limit_s", LIMIT_S[section]), stderr=subprocess.PIPE, text=True
-        )
-        if done.returncode:
-            error = f"exit {done.returncode}: {done.stderr[-1500:]}"
-    except subprocess.TimeoutExpired as expired:
-        tail = expired.stderr.decode() if isinstance(expired.stderr, bytes) else expired.stderr or ""
-        error = f"over its limit of {expired.timeout} s; {tail[-300:]}"
-    record(arguments.out, section, "took", seconds=round(time.perf_counter() - began, 1), option=option, error=error)
+    passed = ("size", "steps", "length", "micro", "out", "quick", "attention")
+    sections.start("benchmarks.train_step", section, arguments, option, passed, LIMIT_S[section])
 
 
 def run_section(arguments: argparse.Namespace) -> None:
@@ -116,7 +89,7 @@ def run_section(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
-    sections: dict[str, Callable[[argparse.Namespace, dict[str, Any]], None]] = {
+    named: dict[str, Callable[[argparse.Namespace, dict[str, Any]], None]] = {
         "check": check,
         "attention": time_attention,
         "matmul": time_products,
@@ -125,7 +98,7 @@ def run_section(arguments: argparse.Namespace) -> None:
         "losses": compare_losses,
         "peers": time_peer,
     }
-    sections[arguments.run](arguments, json.loads(arguments.option))
+    named[arguments.run](arguments, json.loads(arguments.option))
 
 
 def summary(out: Path) -> None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from model.fused import BlockBackendError
     from model.loss import LossOutput, TokenScores
     from model.rope import RotaryPositionalEmbeddings
-    from model.transformer import TokenError, UnifiedTransformer
+    from model.tokens import TokenError
+    from model.transformer import UnifiedTransformer
 
 __all__ = [
     "IGNORE_INDEX",
@@ -58,7 +59,7 @@ _HOMES = {
     "PackedBatch": "batch",
     "RotaryPositionalEmbeddings": "rope",
     "Targets": "batch",
-    "TokenError": "transformer",
+    "TokenError": "tokens",
     "TransformerBlock": "block",
     "UnifiedTransformer": "transformer",
     "UnifiedTransformerConfig": "config",

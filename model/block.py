@@ -95,8 +95,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, plan: AttentionPlan | None = None, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] to [B, T, D]; the arguments are those of `CausalSelfAttention.forward`."""
-        if plan is not None and plan.fused and cache is None:
-            return fused_block(x, plan, self)
+        if plan is not None and plan.fused:
+            return fused_block(x, plan, self, cache)
         if self.reordered:
             x = x + self.dropout(self.attention_norm(self.attention(x, plan, cache)))
             return x + self.dropout(self.feed_forward_norm(self.feed_forward(x)))

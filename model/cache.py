@@ -22,16 +22,19 @@ class CacheError(ValueError):
 class LayerCache:
     """One layer's part of a `KeyValueCache`."""
 
-    __slots__ = ("keys", "slots", "values")
+    __slots__ = ("keys", "rows", "slots", "values")
 
-    def __init__(self, keys: Tensor, values: Tensor, slots: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, slots: int, rows: Tensor | None = None) -> None:
         self.keys = keys
         self.values = values
         self.slots = slots
         """Slots in use by any row once the new tokens are written."""
+        self.rows = rows
+        """For prompts into an empty cache: int64 [B, T] or [B, 1], the row that each new token belongs to; what it attends to
+        is all new. None where new tokens follow what the rows of the batch hold."""
 
     def update(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new tokens' keys and values, and return all those in use.
+        """Write the new tokens' keys and values, and return all those that they attend to.
 
         Args:
             k, v: [B, T, N, H].
@@ -40,9 +43,11 @@ class LayerCache:
         Returns:
             Keys and values [B, S, N, H], of k's dtype.
         """
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        rows = torch.arange(k.shape[0], device=k.device)[:, None] if self.rows is None else self.rows
         self.keys[rows, positions] = k.to(self.keys.dtype)
         self.values[rows, positions] = v.to(self.values.dtype)
+        if self.rows is not None:
+            return k, v
         return self.keys[:, : self.slots].to(k.dtype), self.values[:, : self.slots].to(v.dtype)
 
 
@@ -111,9 +116,9 @@ class KeyValueCache:
                 "gradients are being recorded, and none pass through a cache: call it under torch.no_grad()"
             )
 
-    def layer(self, index: int, new_tokens: int) -> LayerCache:
-        """The part of one layer, about to receive `new_tokens` tokens a row."""
-        return LayerCache(self.keys[index], self.values[index], self.occupied + new_tokens)
+    def layer(self, index: int, new_tokens: int, rows: Tensor | None = None) -> LayerCache:
+        """The part of one layer, about to receive `new_tokens` tokens a row; for `rows` see `LayerCache`."""
+        return LayerCache(self.keys[index], self.values[index], self.occupied + new_tokens, rows)
 
     def advance(self, written: int, real: Tensor | None = None) -> None:
         """Count the tokens just written as held.

@@ -27,6 +27,7 @@ from model.rope import rotate
 
 if TYPE_CHECKING:
     from model.block import TransformerBlock
+    from model.cache import LayerCache
     from model.config import UnifiedTransformerConfig
 
 
@@ -81,16 +82,11 @@ def fused_unavailable(config: UnifiedTransformerConfig, x: Tensor, training: boo
     return None
 
 
-def fused_block(x: Tensor, plan: AttentionPlan, block: TransformerBlock) -> Tensor:
-    """What `block` makes of x [B, T, D] without a cache."""
+def fused_block(x: Tensor, plan: AttentionPlan, block: TransformerBlock, cache: LayerCache | None = None) -> Tensor:
+    """What `block` makes of x [B, T, D]; with a cache, which takes the keys and values, without a gradient."""
     attention, feed_forward = block.attention, block.feed_forward
-    return _FusedBlock.apply(
-        x,
-        plan,
-        block.attention_norm.eps,
-        attention.config.num_attention_heads,
-        block.recompute,
-        block.float8,
+    eps, num_heads = block.attention_norm.eps, attention.config.num_attention_heads
+    weights: tuple[Any, ...] = (
         block.attention_norm.weight,
         attention.qkv.weight,
         attention.output.weight,
@@ -99,6 +95,9 @@ def fused_block(x: Tensor, plan: AttentionPlan, block: TransformerBlock) -> Tens
         feed_forward.output.weight,
         *(norm.weight for norm in (attention.query_norm, attention.key_norm) if attention.config.qk_norm),
     )
+    if cache is not None:
+        return _run(x, plan, eps, num_heads, block.float8, weights, differentiate=False, cache=cache)[0]
+    return _FusedBlock.apply(x, plan, eps, num_heads, block.recompute, block.float8, *weights)
 
 
 class _FusedBlock(torch.autograd.Function):
@@ -201,6 +200,7 @@ def _run(
     *,
     differentiate: bool,
     output: bool = True,
+    cache: LayerCache | None = None,
 ) -> tuple[Tensor, _Kept | None]:
     """The forward pass. Without `output` it stops before the last product, and what it returns first means nothing."""
     norm_weight, qkv_weight, output_weight, middle_norm_weight, in_weight, out_weight, *head_norms = weights
@@ -216,7 +216,10 @@ def _run(
     parts = [part.view(B, length, num_heads, -1) for part in qkv.detach().unbind(1)]
     leaves = tuple(part.detach().requires_grad_(differentiate) for part in (*parts, *head_norms))
     with torch.set_grad_enabled(differentiate):
-        mixed = attend(*_normed_heads(leaves, plan, eps), plan)
+        q, k, v = _normed_heads(leaves, plan, eps)
+        if cache is not None:
+            k, v = cache.update(k, v, plan.positions)
+        mixed = attend(q, k, v, plan)
     middle = products.product(mixed.detach().reshape(B * length, D), output_weight, float8)
     normed, middle_mean, middle_rstd = elementwise.add_norm_(middle, flat, middle_norm_weight, eps)
     wide = products.product(normed, in_weight, float8)

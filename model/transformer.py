@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import plan_attention, select_backend
+from model.attention import BACKENDS, plan_attention, select_backend
 from model.batch import PackedBatch
 from model.block import TransformerBlock
 from model.cache import KeyValueCache
@@ -26,12 +26,10 @@ from model.fused import runs_fused
 from model.heads import head_losses
 from model.initialization import initialize
 from model.loss import LossOutput, TokenScores, coefficients_of, target_losses, target_scores
+from model.prompts import prompt_groups
+from model.tokens import check_ids, require_ids
 
 logger = logging.getLogger(__name__)
-
-
-class TokenError(ValueError):
-    """Token or modality ids of a wrong shape, type or range; the message names the place, the value and what may be."""
 
 
 class UnifiedTransformer(nn.Module):
@@ -155,8 +153,17 @@ class UnifiedTransformer(nn.Module):
             AttentionBackendError: the configured backend cannot run here.
             CacheError: the cache does not fit the batch.
         """
-        _require_ids(token_ids, modality_ids)
-        B, T = token_ids.shape
+        token_ids, modality_ids = self._checked(token_ids, modality_ids)
+        if cache is not None:
+            cache.require_room(*token_ids.shape)
+        return self._through_blocks(
+            token_ids, modality_ids, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cache=cache
+        )
+
+    def _checked(self, token_ids: Tensor, modality_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as int64, or the errors that `hidden_states` names."""
+        require_ids(token_ids, modality_ids)
+        T = token_ids.shape[1]
         if self.config.max_sequence_length < T:
             raise ValueError(
                 f"a row has {T} tokens: the model is made for at most {self.config.max_sequence_length} "
@@ -166,21 +173,34 @@ class UnifiedTransformer(nn.Module):
         # The check branches on values, which would break the graph of a compiled model.
         if token_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             self.check_tokens(token_ids, modality_ids)
-        if cache is not None:
-            cache.require_room(B, T)
+        return token_ids, modality_ids
+
+    def _through_blocks(
+        self,
+        token_ids: Tensor,
+        modality_ids: Tensor,
+        *,
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        cache: KeyValueCache | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of checked ids; with `rows` (see `model.cache.LayerCache`) the cache is written and not read."""
         tables = [self.embeddings[name].get_parameter("weight") for name in MODALITIES]
         x = embed(token_ids, modality_ids, self.modality_embedding.weight, tables)
+        held = cache if rows is None else None
         plan = plan_attention(
-            self.config, x, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cache=cache
+            self.config, x, positions=positions, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cache=held
         )
-        plan.fused = cache is None and not self._watching and runs_fused(self.config, x, self.training)
+        plan.fused = held is None and not self._watching and runs_fused(self.config, x, self.training)
         if not self._watching:
             self._announce(plan.backend, plan.fused)
         if self.position_embedding is not None:
             x = x + self.position_embedding(plan.positions)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, plan, None if cache is None else cache.layer(i, T))
+            x = block(x, plan, None if cache is None else cache.layer(i, token_ids.shape[1], rows))
         return self.final_norm(x)
 
     def _announce(self, backend: str, fused: bool) -> None:
@@ -195,24 +215,7 @@ class UnifiedTransformer(nn.Module):
         Raises:
             TokenError: naming the first offending id and where it is.
         """
-        sizes = torch.tensor(list(self.config.vocab_sizes.values()), device=token_ids.device)
-        token_ids, modality_ids = token_ids.long(), modality_ids.long()
-        unknown = (modality_ids < 0) | (modality_ids >= len(MODALITIES))
-        if bool(unknown.any()):
-            b, t = unknown.nonzero()[0].tolist()
-            raise TokenError(
-                f"modality_ids[{b}, {t}] is {int(modality_ids[b, t])}: the modalities are "
-                + ", ".join(f"{index} ({name})" for index, name in enumerate(MODALITIES))
-            )
-        outside = (token_ids < 0) | (token_ids >= sizes[modality_ids])
-        if bool(outside.any()):
-            b, t = outside.nonzero()[0].tolist()
-            name = MODALITIES[int(modality_ids[b, t])]
-            raise TokenError(
-                f"token_ids[{b}, {t}] is {int(token_ids[b, t])}: {name} ids lie in "
-                f"0..{self.config.vocab_sizes[name] - 1}; check its modality, or that data and model share one "
-                f"vocabulary ({name}_vocab_size)"
-            )
+        check_ids(token_ids, modality_ids, self.config.vocab_sizes)
 
     def head_weight(self, modality: str) -> Tensor:
         """The matrix [V, D] that turns hidden states into logits of a modality."""
@@ -338,26 +341,36 @@ class UnifiedTransformer(nn.Module):
         Returns:
             [B, D]: the hidden state of each prompt's last token, which predicts the next one.
         """
+        if cache.occupied == 0:
+            return self._read_prompts(token_ids, modality_ids, cache, lengths)
         hidden = self.hidden_states(token_ids, modality_ids, cache=cache)
         cache.advance(token_ids.shape[1], lengths)
         if lengths is None:
             return hidden[:, -1]
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), lengths - 1]
 
+    def _read_prompts(
+        self, token_ids: Tensor, modality_ids: Tensor, cache: KeyValueCache, lengths: Tensor | None
+    ) -> Tensor:
+        """`prefill` of an empty cache: prompts see themselves alone, as documents do in training."""
+        token_ids, modality_ids = self._checked(token_ids, modality_ids)
+        B, T = token_ids.shape
+        cache.require_room(B, T)
+        weight = self.modality_embedding.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        packed = BACKENDS[self.attention_backend_for(weight.device, dtype)].packed
+        counts = [T] * B if lengths is None else lengths.tolist()
+        last = []
+        for group in prompt_groups(token_ids, modality_ids, counts, packed=packed):
+            hidden = self._through_blocks(
+                group.token_ids, group.modality_ids, positions=group.positions, cu_seqlens=group.cu_seqlens,
+                max_seqlen=group.max_seqlen, cache=cache, rows=group.rows,
+            )  # fmt: skip
+            last.append(hidden[group.last])
+        cache.advance(T, lengths)
+        return torch.cat(last)
+
     def decode_step(self, token_ids: Tensor, modality_ids: Tensor, cache: KeyValueCache) -> Tensor:
         """Read one more token a row, integer [B], and return the hidden state [B, D] that predicts the next."""
         return self.prefill(token_ids[:, None], modality_ids[:, None], cache)
-
-
-def _require_ids(token_ids: Tensor, modality_ids: Tensor) -> None:
-    """Refuse, without looking at any value, what cannot be ids [B, T]."""
-    if token_ids.ndim != 2 or token_ids.shape != modality_ids.shape:
-        raise TokenError(
-            f"token_ids is {tuple(token_ids.shape)} and modality_ids {tuple(modality_ids.shape)}: both must be [B, T], "
-            "of one shape"
-        )
-    for name, ids in (("token_ids", token_ids), ("modality_ids", modality_ids)):
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TokenError(
-                f"{name} is {str(ids.dtype).removeprefix('torch.')}: ids are integers; convert it with .long()"
-            )

@@ -261,8 +261,12 @@ def _generation(figures: dict[str, Any], shown: list[Shown]) -> Section:
             join(
                 [
                     tag("h3", title),
-                    table("Distance to the reference", ("", "own", "95%", "shuffled", "tokenizer alone"), rows),
-                    table("Its own reference is the nearest", ("", "own", "95%", "shuffled", "chance"), nearest),
+                    table(
+                        f"{title}: distance to the reference", ("", "own", "95%", "shuffled", "tokenizer alone"), rows
+                    ),
+                    table(
+                        f"{title}: its own reference is the nearest", ("", "own", "95%", "shuffled", "chance"), nearest
+                    ),
                     tag("div", *map(_card, made), class_="cards samples"),
                 ]
             )

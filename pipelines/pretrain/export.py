@@ -156,6 +156,8 @@ def load_model(
             )
     vocabulary = Vocabulary.from_dict(json.loads((path / "vocabulary.json").read_bytes()))
     config = UnifiedTransformerConfig.from_dict(json.loads((path / "config.json").read_bytes()))
+    # What computed it in training need not be here.
+    config = replace(config, attention_backend="auto", block_backend="auto")
     with torch.device("meta"):
         model = UnifiedTransformer(config)
     weights = load_file(path / "model.safetensors", device=str(device))

@@ -85,15 +85,11 @@ def _overview(records: Sequence[Record], state: State) -> Markup:
         (short(float(sum(r.tokens for r in records))), "tokens came in"),
         (f"{newest.trained_to:,}", "steps trained"),
     ]
-    cells = [
-        tag(
-            "li",
-            _SIGNS[r.outcome],
-            class_=r.outcome,
-            title=f"run {r.number}, {_moment(r.begun)} UTC: {r.outcome}. {r.why}",
-        )
-        for r in reversed(records[:SHOWN])
-    ]
+    cells = []
+    for r in reversed(records[:SHOWN]):
+        told = f"run {r.number}, {_moment(r.begun)} UTC: {r.outcome}. {r.why}"
+        sign = tag("span", _SIGNS[r.outcome], aria_hidden="true")
+        cells.append(tag("li", sign, tag("span", told, class_="unseen"), class_=r.outcome, title=told))
     legend = [
         tag("li", tag("span", sign, class_=f"sign {name}"), f"{_MEANINGS[name]}: {counted[name]}")
         for name, sign in _SIGNS.items()

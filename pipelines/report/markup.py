@@ -53,8 +53,13 @@ def trusted(text: str) -> Markup:
 
 
 def table(caption: str, header: Sequence[Child], rows: Iterable[Sequence[Child]]) -> Markup:
-    """A table whose first column names the rows; on a narrow screen it scrolls by itself."""
-    head = tag("tr", *(tag("th", cell, scope="col") for cell in header))
+    """A table whose first column names the rows; on a narrow screen it scrolls by itself.
+
+    Args:
+        caption: unique on the page, because screen readers list tables by it.
+        header: "" over a column that needs no name.
+    """
+    head = tag("tr", *(tag("th", cell, scope="col") if cell else tag("td") for cell in header))
     body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
     content = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body))
     return tag("div", content, class_="scroll", role="region", aria_label=caption, tabindex=0)

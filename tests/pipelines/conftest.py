@@ -26,6 +26,14 @@ def finished(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> RunR
     return trained(run_recipe(dataset, tmp_path_factory.mktemp("undisturbed") / "run"))
 
 
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of all pages; see `tests.pipelines.pages`."""
+    from tests.pipelines.pages import write_pages
+
+    return write_pages(tmp_path_factory.mktemp("pages"))
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of a megabyte."""

@@ -12,7 +12,7 @@ import yaml
 
 from pipelines.recipe import read_recipe
 from pipelines.recurring.recipe import PipelineRecipe
-from pipelines.recurring.state import State
+from pipelines.recurring.state import Outcome, Record, Result, State
 from tests.pipelines.jobs import text_recipe
 from tests.pipelines.training import TINY
 
@@ -85,3 +85,52 @@ class Nightly:
         process = self.start(*words, **environment)
         said, _ = process.communicate(timeout=240)
         return process.returncode, said
+
+
+def recorded(number: int, outcome: Outcome, why: str = "", **did: Any) -> Record:
+    """What is kept of a run."""
+    begun = f"2026-11-{1 + number % 28:02}T02:30:00+00:00"
+    steps = [
+        Result(step="tokenize", attempt=1, outcome="done", why="", begun=begun, seconds=20.0, host="n1",
+               did={"by_modality": {"text": 900, "image": 100, "audio": 0}}),
+        Result(step="pretrain", attempt=1, outcome="done", why="", begun=begun, seconds=50.0, host="n1", did=did),
+    ]  # fmt: skip
+    return Record(
+        number=number,
+        pipeline="nightly",
+        trigger="tick",
+        outcome=outcome,
+        why=why,
+        steps=steps,
+        planned=["tokenize", "pretrain"],
+        due={},
+        version=number,
+        documents=10,
+        tokens=1100,
+        trained_to=100 * number,
+        steps_trained=100,
+        executor="local",
+        host="n1",
+        begun=begun,
+        ended=begun,
+        seconds=75.0,
+        memory={"failed": {"export": 2}},
+        alerts=[{"to": "x.example", "event": "failed", "error": ""}] if outcome == "failed" else [],
+    )
+
+
+def recorded_nightly(folder: Path) -> Nightly:
+    """A pipeline with three recorded runs, of which one failed with words that look like markup."""
+    made = Nightly(folder)
+    stage = {"stage": 1, "to_step": 100, "loss": {"text": 5.5, "text/0": 1.0}, "baseline": {"text": 6.0}}
+    runs = [
+        recorded(1, "done", **stage),
+        recorded(2, "failed", "export: <script>alert(1)</script> & [bold]no disk[/bold]"),
+        recorded(3, "done", **stage | {"stage": 2, "to_step": 300, "loss": {"text": 5.25}}),
+    ]
+    for record in runs:
+        run = made.state.run_folder(record.number)
+        run.mkdir(parents=True)
+        (run / "plan.json").write_text("{}")
+        assert made.state.conclude(record)
+    return made

@@ -24,12 +24,11 @@ from pipelines.decode import DecodedSpan
 from pipelines.generate.output import to_bytes
 from pipelines.pretrain.recipe import PretrainRecipe
 from pipelines.recipe import dump_recipe
-from pipelines.report.charts import short, thin, ticks, waveform
+from pipelines.report.charts import short, waveform
 from pipelines.report.markup import Markup, tag
 from pipelines.report.media import LONGEST_TEXT, PageError, prose
 from pipelines.report.page import report, write_page
 from pipelines.report.summary import summarize
-from pipelines.report.training import duration
 from pipelines.rows import spread
 from pipelines.sequence import Modality
 from pipelines.shards.dataset import Dataset
@@ -39,9 +38,16 @@ from tests.pipelines.tiny import tiny_recipe
 
 HOSTILE = "</p><script src=http://evil.example/x.js>alert('1')</script> & \"quoted\" <img onerror=x> \x00\ud800"
 
+
 BASELINE = {"text": 6.4213, "image": 6.35, "audio": 6.38, "audio_codebooks": [5.42, 6.6571]}
+
+
 MIDDLE = {"text": 6.1, "image": 6.2, "audio": 6.05, "audio_codebooks": [5.0, 6.5]}
+
+
 FINAL = {"text": 5.7129, "image": 5.95, "audio": 5.9, "audio_codebooks": [4.6084, 6.2]}
+
+
 SAMPLING = {"temperature": 0.85, "top_k": 40, "top_p": 1.0, "min_p": 0.0}
 
 
@@ -371,43 +377,6 @@ def test_rows_are_spread_over_the_dataset(dataset: Dataset) -> None:
     assert spread(dataset, 4) == [0, 10, 21, 31]
     assert spread(dataset, 100) == list(range(42))
     assert spread(dataset, 0) == []
-
-
-@given(low=st.floats(-1e6, 1e6), spread=st.floats(1e-3, 1e6), about=st.integers(2, 9))
-def test_ticks_are_few_even_and_enclose_the_range(low: float, spread: float, about: int) -> None:
-    found = ticks(low, low + spread, about)
-    step = found[1] - found[0]
-    assert found[0] <= low + 1e-6 * step
-    assert found[-1] >= low + spread - 1e-6 * step
-    assert 2 <= len(found) <= about + 2
-    assert np.allclose(np.diff(found), step)
-
-
-def test_a_range_of_one_value_has_ticks() -> None:
-    assert ticks(0, 0, 5) == [0, 0.2]
-    assert len(ticks(7.3, 7.3, 5)) >= 2
-
-
-@given(values=st.lists(st.floats(-10, 10), min_size=1, max_size=700))
-def test_thinning_keeps_the_mean_of_every_group(values: list[float]) -> None:
-    points = [(float(i), value) for i, value in enumerate(values)]
-    kept, each = thin(points, 50)
-    assert len(kept) == math.ceil(len(points) / each) <= 50
-    for index, (_, mean) in enumerate(kept):
-        assert mean == pytest.approx(float(np.mean(values[index * each : (index + 1) * each])), abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [(0, "0"), (1500, "1.5k"), (2e7, "20M"), (7.6e9, "7.6B"), (0.003, "0.003"), (2e-5, "2e-5"), (-0.4, "-0.4")],
-)
-def test_numbers_on_axes_are_short(value: float, said: str) -> None:
-    assert short(value) == said
-
-
-@pytest.mark.parametrize(("seconds", "said"), [(3.21, "3.2 s"), (167, "2 min 47 s"), (7325, "2 h 2 min")])
-def test_times_are_said_in_two_units(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
 
 
 def test_a_waveform_follows_the_loudness() -> None:

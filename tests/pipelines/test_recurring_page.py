@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -13,57 +12,14 @@ from rich.console import Console
 
 from pipelines.recurring.history import render, row, status
 from pipelines.recurring.page import write_page
-from pipelines.recurring.state import Outcome, Record, Result, StateError
-from tests.pipelines.nightly import Nightly
-
-
-def _record(number: int, outcome: Outcome, why: str = "", **did: Any) -> Record:
-    begun = f"2026-11-{1 + number % 28:02}T02:30:00+00:00"
-    steps = [
-        Result(step="tokenize", attempt=1, outcome="done", why="", begun=begun, seconds=20.0, host="n1",
-               did={"by_modality": {"text": 900, "image": 100, "audio": 0}}),
-        Result(step="pretrain", attempt=1, outcome="done", why="", begun=begun, seconds=50.0, host="n1", did=did),
-    ]  # fmt: skip
-    return Record(
-        number=number,
-        pipeline="nightly",
-        trigger="tick",
-        outcome=outcome,
-        why=why,
-        steps=steps,
-        planned=["tokenize", "pretrain"],
-        due={},
-        version=number,
-        documents=10,
-        tokens=1100,
-        trained_to=100 * number,
-        steps_trained=100,
-        executor="local",
-        host="n1",
-        begun=begun,
-        ended=begun,
-        seconds=75.0,
-        memory={"failed": {"export": 2}},
-        alerts=[{"to": "x.example", "event": "failed", "error": ""}] if outcome == "failed" else [],
-    )
+from pipelines.recurring.state import StateError
+from tests.pipelines.nightly import Nightly, recorded, recorded_nightly
 
 
 @pytest.fixture
 def nightly(tmp_path: Path) -> Nightly:
     """With three recorded runs, of which one failed with words that look like markup."""
-    made = Nightly(tmp_path)
-    stage = {"stage": 1, "to_step": 100, "loss": {"text": 5.5, "text/0": 1.0}, "baseline": {"text": 6.0}}
-    runs = [
-        _record(1, "done", **stage),
-        _record(2, "failed", "export: <script>alert(1)</script> & [bold]no disk[/bold]"),
-        _record(3, "done", **stage | {"stage": 2, "to_step": 300, "loss": {"text": 5.25}}),
-    ]
-    for record in runs:
-        folder = made.state.run_folder(record.number)
-        folder.mkdir(parents=True)
-        (folder / "plan.json").write_text("{}")
-        assert made.state.conclude(record)
-    return made
+    return recorded_nightly(tmp_path)
 
 
 def test_the_page_shows_runs_durations_tokens_losses_and_failures(nightly: Nightly) -> None:
@@ -127,7 +83,7 @@ def test_a_damaged_record_is_named_with_its_remedy(nightly: Nightly) -> None:
 
 
 def test_a_record_is_written_once(nightly: Nightly) -> None:
-    assert not nightly.state.conclude(_record(3, "lost"))
+    assert not nightly.state.conclude(recorded(3, "lost"))
     record = nightly.state.record(3)
     assert record
     assert record.outcome == "done"

@@ -7,18 +7,15 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
-import soundfile
 import torch
 from typer.testing import CliRunner
 
-from model import UnifiedTransformer, UnifiedTransformerConfig
 from pipelines.cli import app
-from pipelines.evaluate import EvaluateError, Evaluation, evaluate
+from pipelines.evaluate import Evaluation, evaluate
 from pipelines.evaluate.distances import pixel_distance, thumbnail
 from pipelines.evaluate.documents import Split
 from pipelines.evaluate.evaluation import SCHEMA
@@ -27,72 +24,16 @@ from pipelines.evaluate.scoring import Scorer
 from pipelines.generate import Generator
 from pipelines.loading import Index, Loader
 from pipelines.pretrain.baseline import unigram_cross_entropy
-from pipelines.pretrain.checkpoint import CheckpointError
-from pipelines.pretrain.export import export_model
 from pipelines.pretrain.parallelize import join_ranks
 from pipelines.pretrain.validate import CrossEntropy, Validator
-from pipelines.sequence import Modality, Vocabulary, VocabularyError
+from pipelines.sequence import Modality
 from pipelines.shards.dataset import Dataset
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.tokenizers import Tokenizers
-from tests.pipelines import tiny
+from tests.pipelines.evaluate.parts import CONTEXT, make_model
 from tests.pipelines.jobs import run_units
 
-CONTEXT = 200
-SCHEMA_FILE = Path(__file__).parents[2] / "docs/evaluate.schema.json"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("evaluate")
-
-
-@pytest.fixture(scope="module")
-def recipe(folder: Path) -> TokenizeRecipe:
-    recipe = tiny.tiny_recipe(folder, "tokenizers.audio.max_frames=70", "validation_share=0.5")
-    for number, sound in enumerate(sorted((folder / "stamps").glob("*.wav"))):
-        # A headless Chromium does not play what is shorter than some tenths of a second.
-        soundfile.write(sound, np.sin(np.arange(5000) / (9 + number)).astype(np.float32), 8000)
-    # A document that is cut: longer than the context.
-    (folder / "lines.jsonl").open("a").write(
-        "".join(json.dumps({"text": f"the quick dog {n} " * 60}) + "\n" for n in range(4))
-    )
-    return recipe
-
-
-@pytest.fixture(scope="module")
-def dataset(recipe: TokenizeRecipe) -> Dataset:
-    return run_units(recipe)
-
-
-@pytest.fixture(scope="module")
-def tokenizers(recipe: TokenizeRecipe) -> Tokenizers:
-    return Tokenizers.load(recipe)
-
-
-def _model(vocabulary: Vocabulary, **changes: Any) -> UnifiedTransformer:
-    sizes = {f"{m.label}_vocab_size": max(1, vocabulary.size(m)) for m in Modality}
-    settings = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 64, "device": "cpu"}
-    config = UnifiedTransformerConfig(**(sizes | settings | {"max_sequence_length": CONTEXT} | changes))
-    return UnifiedTransformer(replace(config, initializer_std=0.3), seed=1)
-
-
-@pytest.fixture(scope="module")
-def generator(dataset: Dataset, tokenizers: Tokenizers) -> Generator:
-    return Generator(_model(dataset.vocabulary), dataset.vocabulary, tokenizers, name="tiny")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(dataset: Dataset, recipe: TokenizeRecipe, folder: Path) -> Path:
-    about = {"step": 7, "tokens": 700, "tokenizers": recipe.tokenizers.model_dump(mode="json")}
-    with join_ranks("cpu") as ranks:
-        export_model(folder / "run/model", _model(dataset.vocabulary), dataset.vocabulary, about, ranks)  # type: ignore[arg-type]
-    return folder / "run"
-
-
-@pytest.fixture(scope="module")
-def found(generator: Generator, dataset: Dataset) -> Evaluation:
-    return evaluate(generator, dataset.uri, samples=3)
+SCHEMA_FILE = Path(__file__).parents[3] / "docs/evaluate.schema.json"
 
 
 def _validation(generator: Generator, dataset: Dataset) -> tuple[CrossEntropy, CrossEntropy]:
@@ -120,7 +61,7 @@ def test_losses_and_unigram_are_those_that_validation_reports(
 def test_every_figure_of_a_modality_equals_brute_force_in_float64(
     dataset: Dataset, tokenizers: Tokenizers, generator: Generator
 ) -> None:
-    model, v = _model(dataset.vocabulary).double(), dataset.vocabulary
+    model, v = make_model(dataset.vocabulary).double(), dataset.vocabulary
     exact = Generator(model, v, tokenizers, name="exact")
     told = evaluate(exact, dataset.uri, generate=False).figures["modalities"]
     sums = {m: [0.0, 0, 0, 0] for m in Modality}
@@ -198,7 +139,7 @@ def test_gain_is_the_difference_of_losses_of_the_same_tokens(
 
 
 def test_a_model_that_sees_one_token_alone_gains_nothing(dataset: Dataset, tokenizers: Tokenizers) -> None:
-    model = _model(dataset.vocabulary)
+    model = make_model(dataset.vocabulary)
     for block in model.blocks:
         for parameter in block.attention.parameters():  # type: ignore[union-attr]
             torch.nn.init.zeros_(parameter)
@@ -298,43 +239,10 @@ def test_a_checkpoint_of_the_first_codebooks_is_evaluated_on_a_view(
     assert recipe.tokenizers.audio
     fewer = dataset.vocabulary.first_codebooks(1)
     audio = AudioTokenizer.load(recipe.tokenizers.audio.checkpoint, n_q=1)
-    view = Generator(_model(fewer), fewer, replace(tokenizers, audio=audio))
+    view = Generator(make_model(fewer), fewer, replace(tokenizers, audio=audio))
     told = evaluate(view, dataset.uri, generate=False).figures["modalities"]["audio"]
     assert len(told["codebooks"]) == 1
     assert told["codebooks"][0]["loss"] == told["loss"]
-
-
-def test_another_vocabulary_is_refused_naming_what_differs(
-    tokenizers: Tokenizers, dataset: Dataset, tmp_path: Path
-) -> None:
-    from pipelines.tokenizers.vqgan import ImageTokenizer
-
-    image = ImageTokenizer.load(tiny.image_tokenizer(tmp_path / "image", seed=9))
-    other = replace(dataset.vocabulary, image_sha256=image.sha256)
-    generator = Generator(_model(other), other, replace(tokenizers, image=image), name="runs/other")
-    with pytest.raises(VocabularyError, match=r"(?s)runs/other and dataset .*image_sha256"):
-        evaluate(generator, dataset.uri)
-
-
-def test_a_checkpoint_without_a_modality_of_the_dataset_is_refused(tokenizers: Tokenizers, dataset: Dataset) -> None:
-    preprocessing = {k: v for k, v in dataset.vocabulary.preprocessing.items() if k != "audio"}
-    silent = replace(
-        dataset.vocabulary, audio_codebook_size=0, audio_codebooks=0, audio_sha256="", preprocessing=preprocessing
-    )
-    generator = Generator(_model(silent), silent, replace(tokenizers, audio=None), name="runs/mute")
-    with pytest.raises(VocabularyError, match=r"audio_codebooks: 0, 2"):
-        evaluate(generator, dataset.uri)
-
-
-def test_a_split_without_documents_is_refused_with_the_remedy(
-    generator: Generator, recipe: TokenizeRecipe, folder: Path
-) -> None:
-    empty = recipe.model_copy(update={"dataset": str(folder / "none"), "validation_share": 0.0})
-    run_units(empty)
-    with pytest.raises(
-        EvaluateError, match=r"no document in the validation split \(validation_share is 0\).*--split train"
-    ):
-        evaluate(generator, empty.dataset)
 
 
 def test_a_modality_that_no_document_has_is_told_and_not_measured(
@@ -347,34 +255,6 @@ def test_a_modality_that_no_document_has_is_told_and_not_measured(
     assert found.figures["gain"] == found.figures["generation"] == found.shown == []
     assert "image: no document here has any, so it is not measured" in found.figures["remarks"]
     jsonschema.validate(found.figures, json.loads(SCHEMA_FILE.read_text()))
-
-
-def test_spans_that_a_checkpoint_cannot_take_are_refused(dataset: Dataset, tokenizers: Tokenizers) -> None:
-    short = Generator(_model(dataset.vocabulary, max_sequence_length=50), dataset.vocabulary, tokenizers, name="short")
-    with pytest.raises(EvaluateError, match=r"short takes at most 50 tokens at once.*a media span needs"):
-        evaluate(short, dataset.uri)
-
-
-def test_a_diverged_model_is_refused(dataset: Dataset, tokenizers: Tokenizers) -> None:
-    model = _model(dataset.vocabulary)
-    model.final_norm.weight.data.fill_(torch.nan)
-    with pytest.raises(EvaluateError, match="NaN or infinity"):
-        evaluate(Generator(model, dataset.vocabulary, tokenizers), dataset.uri)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"split": "test"}, "split is 'test': choose validation or train"),
-        ({"limit": 0}, "limit is 0"),
-        ({"samples": 1}, "samples is 1"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(
-    generator: Generator, dataset: Dataset, settings: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(EvaluateError, match=message):
-        evaluate(generator, dataset.uri, **settings)
 
 
 def test_the_command_prints_tables_or_json_and_writes_the_page(
@@ -390,16 +270,6 @@ def test_the_command_prints_tables_or_json_and_writes_the_page(
     shown = CliRunner().invoke(app, [*arguments, "--no-generate"], catch_exceptions=False, env={"COLUMNS": "200"})
     assert f"{figures['modalities']['image']['loss']:.3f}" in shown.stdout
     assert "unigram" in shown.stdout
-
-
-def test_a_checkpoint_that_is_none_is_refused(dataset: Dataset, checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no exported model here"):
-        evaluate(tmp_path, dataset.uri)
-    copy = shutil.copytree(checkpoint, tmp_path / "run")
-    weights = copy / "model/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match=r"model.safetensors is truncated or changed"):
-        evaluate(copy, dataset.uri)
 
 
 def test_what_a_checkpoint_tells_of_itself_is_taken_for_a_number_only_if_it_is_one(
