@@ -38,12 +38,15 @@ class Window:
 
     documents: int
     size: int
+    first: int | None = None
+    """Documents of a unit's first window, where that is smaller."""
 
 
 ON_CPU = Window(documents=64, size=64 * 2**20)
-ON_GPU = Window(documents=256, size=256 * 2**20)
-"""Several batches, so that the GPU need not wait for what comes between two windows. Up to three are decoded in memory: one
-being filled, one that waits, and one on its way to the GPU."""
+ON_GPU = Window(documents=256, size=256 * 2**20, first=64)
+"""Several batches, so that the GPU need not wait for what comes between two windows, but only one at first, so that it soon
+has something to do. Up to three windows are decoded in memory: one being filled, one that waits, and one on its way to the
+GPU."""
 
 Result = Row | Reject | Dropped
 Codes = dict[Modality, list[np.ndarray]]
@@ -92,7 +95,8 @@ class UnitWorker:
 
     def run(self, unit: WorkUnit) -> WrittenShard:
         """Read, decode, tokenize, interleave and write one unit."""
-        with ShardWriter(self._storage, self.vocabulary, unit.id, unit.record()) as writer:
+        beside = bool(self.decoders)
+        with ShardWriter(self._storage, self.vocabulary, unit.id, unit.record(), beside=beside) as writer:
             for result in self.rows(unit):
                 if isinstance(result, Reject):
                     writer.reject(result)
@@ -107,7 +111,7 @@ class UnitWorker:
         seen: set[str] = set()
         source = self._sources[unit.source]
         windows = _windows(self._prepared(unit.source, source.read(unit.slices)), self.window)
-        encoded = ahead(self._encoded(ahead(windows))) if self.decoders else self._encoded(windows)
+        encoded = ahead(self._encoded(ahead(windows, "read")), "encode") if self.decoders else self._encoded(windows)
         with closing(encoded):
             for window, codes in encoded:
                 for result in self._laid_out(window, codes):
@@ -233,12 +237,13 @@ def _payloads(documents: Iterable[Prepared], modality: Modality) -> list:  # typ
 def _windows(items: Iterable[Item], most: Window) -> Generator[list[Item], None, None]:
     window: list[Item] = []
     size = 0
+    documents = most.first or most.documents
     for item in items:
         window.append(item)
         if isinstance(item, Prepared):
             size += item.size
-        if len(window) >= most.documents or size >= most.size:
+        if len(window) >= documents or size >= most.size:
             yield window
-            window, size = [], 0
+            window, size, documents = [], 0, most.documents
     if window:
         yield window

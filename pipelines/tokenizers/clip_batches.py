@@ -67,10 +67,10 @@ class ClipBatches:
         def land() -> None:
             flight = flights.pop(0)
             flight.landed.synchronize()
+            # A copy, for the batch's memory is used again.
+            landed = flight.codes.numpy().astype(np.int32)
             for row, index in enumerate(flight.indices):
-                codes[index] = (
-                    flight.codes[row, : frames[index]].numpy().astype(np.int32)
-                )  # A copy: the batch's memory is used again.
+                codes[index] = landed[row, : frames[index]]
 
         for indices in batches(frames, self.hop, self.batch_size):
             longest = max(self.least_frames, frames[indices[0]])
@@ -87,9 +87,7 @@ class ClipBatches:
 
     def _start(self, indices: list[int], waveforms: list[np.ndarray], frames: int) -> _Flight:
         rows = torch.empty(len(waveforms), frames * self.hop, pin_memory=True)
-        for row, waveform in zip(rows, waveforms, strict=True):
-            row[: len(waveform)] = torch.from_numpy(np.ascontiguousarray(waveform, np.float32))
-            row[len(waveform) :] = 0
+        fill(rows, waveforms)
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._copies):
             given = rows.to(self.device, non_blocking=True)
@@ -100,6 +98,17 @@ class ClipBatches:
         landed = torch.cuda.Event()
         landed.record(current)
         return _Flight(indices, codes, landed)
+
+
+def fill(rows: Tensor, waveforms: Sequence[np.ndarray]) -> None:
+    """Write waveforms into the rows of a batch, float32 [B, samples], with silence behind each."""
+    parts: list[Tensor] = []
+    silence = torch.zeros(rows.shape[1] - min(map(len, waveforms)))
+    for waveform in waveforms:
+        # torch takes no array that must not be written to.
+        parts += torch.from_numpy(np.require(waveform, np.float32, "CW")), silence[: rows.shape[1] - len(waveform)]
+    # One call, for after each the thread would have to wait for Python's lock, which decoders' threads want too.
+    torch.cat(parts, out=rows.view(-1))
 
 
 def batches(frames: Sequence[int], hop: int, batch_size: int) -> Iterator[list[int]]:

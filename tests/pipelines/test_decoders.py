@@ -47,7 +47,10 @@ def of(worker: UnitWorker) -> Decoders:
     return worker._decoders
 
 
-@pytest.mark.parametrize("window", [Window(documents=256, size=2**28), Window(documents=3, size=2000)])
+@pytest.mark.parametrize(
+    "window",
+    [Window(documents=256, size=2**28), Window(documents=3, size=2000), Window(documents=40, size=2**28, first=1)],
+)
 def test_decoders_change_no_row_and_no_order(worker: UnitWorker, window: Window) -> None:
     expected = list(results(worker))
     worker.decoders, worker.window = 3, window
