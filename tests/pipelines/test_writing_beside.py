@@ -1,6 +1,7 @@
 """A shard whose row groups are compressed and written on a thread while more rows are added."""
 
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,31 +56,30 @@ def test_rows_row_groups_and_statistics_are_those_of_writing_at_once(
     assert writing_threads() == []
 
 
+def write_beside(folder: Path, rows: Iterable[Row]) -> None:
+    with ShardWriter(Storage.of(str(folder)), VOCABULARY, "u", {"rows": []}, beside=True) as shard:
+        for row in rows:
+            shard.add(row)
+
+
 def test_a_disk_that_fills_up_while_it_is_written_beside_ends_the_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "ROW_GROUP_TOKENS", 5000)
-    rows = some_rows(200)
     with small_disk(tmp_path / "disk", 200_000) as disk:
-        with (
-            pytest.raises(DiskFullError, match="the disk is full"),
-            ShardWriter(Storage.of(str(disk)), VOCABULARY, "u", {"rows": []}, beside=True) as shard,
-        ):
-            for _ in range(50):
-                for row in rows:
-                    shard.add(row)
+        with pytest.raises(DiskFullError, match="the disk is full"):
+            write_beside(disk, some_rows(200) * 50)
         assert list((disk / "shards").iterdir()) == []
     assert writing_threads() == []
 
 
 def test_a_caller_that_fails_leaves_neither_thread_nor_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "ROW_GROUP_TOKENS", 500)
-    with (
-        pytest.raises(KeyError, match="the caller's own"),
-        ShardWriter(Storage.of(str(tmp_path)), VOCABULARY, "u", {"rows": []}, beside=True) as shard,
-    ):
-        for row in some_rows(40):
-            shard.add(row)
+    def failing() -> Iterator[Row]:
+        yield from some_rows(40)
         raise KeyError("the caller's own")
+
+    monkeypatch.setattr(writer, "ROW_GROUP_TOKENS", 500)
+    with pytest.raises(KeyError, match="the caller's own"):
+        write_beside(tmp_path, failing())
     assert list((tmp_path / "shards").iterdir()) == []
     assert writing_threads() == []
