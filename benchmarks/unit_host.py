@@ -2,9 +2,11 @@
 
 The unit callable goes the way that it goes beside a GPU (decoders are processes, stages are threads), over the tars of
 `gpu_unit`. In place of the GPU stands what fills a batch in memory of its own, as pinned memory is filled, and has random
-codes at once, of the shapes that the released tokenizers give: 16 x 16 of 16,384 a picture, 75 frames a second of 8 of 1,024. So
-what is left is what a GPU would have to wait for. Printed are items a second, milliseconds of CPU an item by thread of the
-worker's process and of the decoders (`--decoders` processes that share this machine's cores with it), and each stage alone.
+codes of the shapes that the released tokenizers give: 16 x 16 of 16,384 a picture, 75 frames of 8 codes of 1,024 a second. It
+has them at once, and what is left is what a GPU would have to wait for; or it takes `--picture-ms` and `--clip-ms` for each
+item, and what a unit takes beyond that is what a GPU of that speed would stand still. Printed are items a second,
+milliseconds of CPU an item by thread of the worker's process and of the decoders (`--decoders` processes that share this
+machine's cores with it), and each stage alone.
 """
 
 from __future__ import annotations
@@ -51,20 +53,28 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=2048)
     parser.add_argument("--decoders", type=int, default=max(1, (os.cpu_count() or 1) - 4))
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--picture-ms", type=float, default=0.0, help="that encoding a picture shall take")
+    parser.add_argument("--clip-ms", type=float, default=0.0)
     parser.add_argument("--quick", action="store_true", help="an eighth of the files")
     arguments = parser.parse_args()
     share = 8 if arguments.quick else 1
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:  # noqa: PTH112
-        kinds = {"pictures": (pictures, arguments.pictures // share), "clips": (clips, arguments.clips // share)}
+        kinds = [
+            ("pictures", pictures, arguments.pictures // share, arguments.picture_ms),
+            ("clips", clips, arguments.clips // share, arguments.clip_ms),
+        ]
         results = []
-        for what, (prepare, count) in kinds.items():
-            worker = prepare(Path(scratch), count)
-            results.append(whole(what, worker, count, arguments) | {"stages": stages(worker, count)})
+        for what, prepare, count, item_ms in kinds:
+            worker = prepare(Path(scratch), count, item_ms)
+            found = whole(what, worker, count, arguments)
+            if item_ms:
+                found["ms a unit beyond the encoder's"] = round(1e3 * count / found["rate"] - count * item_ms)
+            results.append(found | {"stages": stages(worker, count)})
             print(results[-1], flush=True)
     close(results)
 
 
-def whole(what: str, worker: UnitWorker, count: int, arguments: argparse.Namespace) -> dict[str, object]:
+def whole(what: str, worker: UnitWorker, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Units, all stages at once: the median one of them."""
     worker.window, worker.decoders = ON_GPU, arguments.decoders
     one_unit(worker)
@@ -79,8 +89,8 @@ def whole(what: str, worker: UnitWorker, count: int, arguments: argparse.Namespa
     worker.decoders = 0
     rate, threads, decoders = sorted(units, key=lambda unit: unit[0])[len(units) // 2]
     return {
-        "what": f"{what}: a unit beside an encoder that takes no time, {arguments.decoders} decoders",
-        "rate": round(rate),
+        "what": f"{what}: a unit beside a stand-in for the GPU, {arguments.decoders} decoders",
+        "rate": round(rate, 1),
         "unit": f"{what}/s",
         "threads": {name: round(1e3 * seconds / count, 4) for name, seconds in sorted(threads.items())},
         "process": round(1e3 * sum(threads.values()) / count, 4),
@@ -126,20 +136,21 @@ def stages(worker: UnitWorker, count: int) -> dict[str, float]:
     return found
 
 
-def clips(folder: Path, count: int) -> UnitWorker:
+def clips(folder: Path, count: int, item_ms: float) -> UnitWorker:
     rng = np.random.default_rng(0)
     made = [gpu_unit.sound(rng) for _ in range(min(count, DISTINCT))]
     config = replace(audio_encode.TINY, n_q=8, codebook_size=1024)
-    tokenizer = audio_encode.random_tokenizer(config, "linear", np.concatenate(made), torch.device("cpu"))
-    settings = {"audio": {"checkpoint": str(tokenizer.save(folder / "audio")), "max_frames": 1000}}
+    random = audio_encode.random_tokenizer(config, "linear", np.concatenate(made), torch.device("cpu"))
+    settings = {"audio": {"checkpoint": str(random.save(folder / "audio")), "max_frames": 1000}}
     files = gpu_unit.encoded(made, gpu_unit.wav)
     worker = gpu_unit.unit_worker(folder, "sounds", files, count, "wav", settings)
-    assert worker.tokenizers.audio
-    worker.tokenizers.audio._fast = cast("clip_batches.ClipBatches", InstantClips(worker.tokenizers.audio))
+    tokenizer = worker.tokenizers.audio
+    assert tokenizer
+    tokenizer._fast = cast("clip_batches.ClipBatches", StandInForClips(tokenizer, Device(item_ms)))
     return worker
 
 
-def pictures(folder: Path, count: int) -> UnitWorker:
+def pictures(folder: Path, count: int, item_ms: float) -> UnitWorker:
     tower = TowerConfig(ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1)
     config = ImageTokenizerConfig(
         encoder=tower, decoder=tower, z_channels=8, embed_dim=4, codebook_size=16384, resolution=SIDE
@@ -148,42 +159,76 @@ def pictures(folder: Path, count: int) -> UnitWorker:
     settings = {"image": {"checkpoint": str(checkpoint), "rows": CODES, "columns": CODES}}
     files = gpu_unit.encoded(natural_pictures(min(count, DISTINCT), SIDE, seed=1).numpy(), gpu_unit.jpeg)
     worker = gpu_unit.unit_worker(folder, "pictures", files, count, "jpg", settings)
-    assert worker.tokenizers.image
-    worker.tokenizers.image._on_gpu = cast("gpu_batches.FixedBatches", InstantPictures(worker.tokenizers.image))
+    tokenizer = worker.tokenizers.image
+    assert tokenizer
+    tokenizer._on_gpu = cast("gpu_batches.FixedBatches", StandInForPictures(tokenizer, Device(item_ms)))
     return worker
 
 
-class InstantClips:
+class Device:
+    """How a GPU spends its time: on one batch after another, so long for each item."""
+
+    def __init__(self, item_ms: float) -> None:
+        self.item_ms = item_ms
+        self.done: list[float] = []
+        """When each batch is."""
+
+    def take(self, count: int) -> None:
+        began = max([time.perf_counter(), *self.done[-1:]])
+        self.done.append(began + count * self.item_ms / 1e3)
+
+    def wait(self, batch: int) -> None:
+        """For a batch, counted from the last one back."""
+        if len(self.done) >= batch:
+            time.sleep(max(0.0, self.done[-batch] - time.perf_counter()))
+
+
+class StandInForClips:
     """In the place of `ClipBatches`."""
 
-    def __init__(self, tokenizer: AudioTokenizer) -> None:
-        self.hop, self.batch_size = tokenizer.hop, BATCH_SIZES["float16x2"]
+    def __init__(self, tokenizer: AudioTokenizer, device: Device) -> None:
+        self.hop, self.batch_size, self.device = tokenizer.hop, BATCH_SIZES["float16x2"], device
         shape = self.batch_size, tokenizer.frames(gpu_unit.SECONDS * gpu_unit.RATE_HZ), tokenizer.n_q
         self.codes = np.random.default_rng(0).integers(0, tokenizer.codebook_size, shape, np.int32)
         self.staged = torch.zeros(self.batch_size, shape[1] * self.hop)
 
     def start(self, waveforms: Sequence[np.ndarray]) -> Callable[[], list[np.ndarray]]:
         frames = [-(-len(waveform) // self.hop) for waveform in waveforms]
-        codes = [np.empty(0)] * len(waveforms)
         for indices in clip_batches.batches(frames, self.hop, self.batch_size):
             clip_batches.fill(self.staged[: len(indices)], [waveforms[index] for index in indices])
-            for row, index in zip(self.codes.copy(), indices, strict=False):
-                codes[index] = row[: frames[index]]
-        return lambda: codes
+            self.device.take(len(indices))
+        done = len(self.device.done)
+
+        def result() -> list[np.ndarray]:
+            self.device.wait(1 + len(self.device.done) - done)
+            landed = self.codes.copy()
+            return [landed[index % self.batch_size, :count] for index, count in enumerate(frames)]
+
+        return result
 
 
-class InstantPictures:
+class StandInForPictures:
     """In the place of `FixedBatches`."""
 
-    def __init__(self, tokenizer: ImageTokenizer) -> None:
+    def __init__(self, tokenizer: ImageTokenizer, device: Device) -> None:
+        self.device = device
         shape = ON_GPU.documents, CODES, CODES
         self.codes = np.random.default_rng(0).integers(0, tokenizer.codebook_size, shape, np.int32)
         self.staged = torch.zeros(GPU_BATCH, SIDE, SIDE, 3, dtype=torch.uint8)
 
     def start(self, items: Sequence[np.ndarray]) -> Callable[[], np.ndarray]:
         for start in range(0, len(items), GPU_BATCH):
+            # There are two places for batches on the GPU, and one is filled while the other is computed.
+            self.device.wait(2)
             gpu_batches.fill(self.staged, items[start : start + GPU_BATCH])
-        return lambda: self.codes[: len(items)].copy()
+            self.device.take(GPU_BATCH)
+        done = len(self.device.done)
+
+        def result() -> np.ndarray:
+            self.device.wait(1 + len(self.device.done) - done)
+            return self.codes[: len(items)].copy()
+
+        return result
 
 
 @contextmanager

@@ -39,14 +39,14 @@ class Window:
     documents: int
     size: int
     first: int | None = None
-    """Documents of a unit's first window, where that is smaller."""
+    """Documents of a unit's first window, where that is smaller; from there each has twice as many as the one before."""
 
 
 ON_CPU = Window(documents=64, size=64 * 2**20)
 ON_GPU = Window(documents=256, size=256 * 2**20, first=64)
-"""Several batches, so that the GPU need not wait for what comes between two windows, but only one at first, so that it soon
-has something to do. Up to three windows are decoded in memory: one being filled, one that waits, and one on its way to the
-GPU."""
+"""Several batches, so that the GPU need not wait for what comes between two windows, but few at first, so that it soon has
+something to do, and goes on with it while the next ones are decoded. Up to three windows are decoded in memory: one being
+filled, one that waits, and one on its way to the GPU."""
 
 Result = Row | Reject | Dropped
 Codes = dict[Modality, list[np.ndarray]]
@@ -244,6 +244,6 @@ def _windows(items: Iterable[Item], most: Window) -> Generator[list[Item], None,
             size += item.size
         if len(window) >= documents or size >= most.size:
             yield window
-            window, size, documents = [], 0, most.documents
+            window, size, documents = [], 0, min(2 * documents, most.documents)
     if window:
         yield window

@@ -106,7 +106,10 @@ def fill(rows: Tensor, waveforms: Sequence[np.ndarray]) -> None:
     silence = torch.zeros(rows.shape[1] - min(map(len, waveforms)))
     for waveform in waveforms:
         # torch takes no array that must not be written to.
-        parts += torch.from_numpy(np.require(waveform, np.float32, ["C", "W"])), silence[: rows.shape[1] - len(waveform)]
+        parts += (
+            torch.from_numpy(np.require(waveform, np.float32, ["C", "W"])),
+            silence[: rows.shape[1] - len(waveform)],
+        )
     # One call, for after each the thread would have to wait for Python's lock, which decoders' threads want too.
     torch.cat(parts, out=rows.view(-1))
 
