@@ -146,9 +146,15 @@ def compare(
 
 
 def unit_worker(
-    folder: Path, name: str, files: list[bytes], count: int, ending: str, tokenizers: dict[str, object]
+    folder: Path,
+    name: str,
+    files: list[bytes],
+    count: int,
+    ending: str,
+    tokenizers: dict[str, object],
+    device: str = DEVICE.type,
 ) -> UnitWorker:
-    """A worker on the GPU, for one tar with `count` samples."""
+    """A worker, on the GPU if there is one, for one tar with `count` samples."""
     path = folder / f"{name}.tar"
     with tarfile.open(path, "w") as tar:
         for index in range(count):
@@ -166,7 +172,7 @@ def unit_worker(
             "cluster": {"gpus_per_worker": 1},
         }
     )
-    return UnitWorker(recipe, DEVICE.type)
+    return UnitWorker(recipe, device)
 
 
 def encoded(items: Sequence[np.ndarray], encode: Callable[[np.ndarray], bytes]) -> list[bytes]:

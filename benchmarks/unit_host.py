@@ -143,7 +143,7 @@ def clips(folder: Path, count: int, item_ms: float) -> UnitWorker:
     random = audio_encode.random_tokenizer(config, "linear", np.concatenate(made), torch.device("cpu"))
     settings = {"audio": {"checkpoint": str(random.save(folder / "audio")), "max_frames": 1000}}
     files = gpu_unit.encoded(made, gpu_unit.wav)
-    worker = gpu_unit.unit_worker(folder, "sounds", files, count, "wav", settings)
+    worker = gpu_unit.unit_worker(folder, "sounds", files, count, "wav", settings, "cpu")
     tokenizer = worker.tokenizers.audio
     assert tokenizer
     tokenizer._fast = cast("clip_batches.ClipBatches", StandInForClips(tokenizer, Device(item_ms)))
@@ -158,7 +158,7 @@ def pictures(folder: Path, count: int, item_ms: float) -> UnitWorker:
     checkpoint = write_checkpoint(folder / "image", config.to_json(), VQGAN(config).state_dict())
     settings = {"image": {"checkpoint": str(checkpoint), "rows": CODES, "columns": CODES}}
     files = gpu_unit.encoded(natural_pictures(min(count, DISTINCT), SIDE, seed=1).numpy(), gpu_unit.jpeg)
-    worker = gpu_unit.unit_worker(folder, "pictures", files, count, "jpg", settings)
+    worker = gpu_unit.unit_worker(folder, "pictures", files, count, "jpg", settings, "cpu")
     tokenizer = worker.tokenizers.image
     assert tokenizer
     tokenizer._on_gpu = cast("gpu_batches.FixedBatches", StandInForPictures(tokenizer, Device(item_ms)))

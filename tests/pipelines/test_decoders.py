@@ -5,16 +5,19 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines.corpus.documents import Reject
 from pipelines.corpus.errors import TransientError
+from pipelines.sequence import Modality
 from pipelines.shards.schema import Row
 from pipelines.tokenize import decoders
 from pipelines.tokenize.ahead import mapped
 from pipelines.tokenize.decoders import Decoders
+from pipelines.tokenize.prepare import Part, Prepared
 from pipelines.tokenize.units import WorkUnit, grouped
-from pipelines.tokenize.worker import UnitWorker, Window
+from pipelines.tokenize.worker import UnitWorker, Window, _windows
 from tests.pipelines.tiny import tiny_recipe
 
 
@@ -58,6 +61,18 @@ def test_decoders_change_no_row_and_no_order(worker: UnitWorker, window: Window)
     assert len(expected) == 42
     assert own_threads() == []
     assert len(of(worker)._free) == decoders.PLACES
+
+
+def test_windows_grow_from_a_small_first_one_up_to_their_bounds() -> None:
+    def document(number: int) -> Prepared:
+        return Prepared("", f"d{number}", 0, "", [Part(Modality.AUDIO, np.zeros(25, np.float32), "")], None)
+
+    def lengths(window: Window) -> list[int]:
+        return [len(found) for found in _windows(map(document, range(40)), window)]
+
+    assert lengths(Window(documents=16, size=2**20)) == [16, 16, 8]
+    assert lengths(Window(documents=16, size=2**20, first=3)) == [3, 6, 12, 16, 3]
+    assert lengths(Window(documents=16, size=700, first=3)) == [3, 6, 7, 7, 7, 7, 3]
 
 
 def test_arrays_that_do_not_fit_or_find_no_place_come_through_pipes(
