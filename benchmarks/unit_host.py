@@ -127,7 +127,7 @@ def stages(worker: UnitWorker, count: int) -> dict[str, float]:
     count, everything = len(documents), count
     prepared = timed("decode", lambda: [worker._preparation.prepare(unit.source, item) for item in documents])
     assert all(isinstance(item, Prepared) for item in prepared)
-    codes = timed("fill batches", lambda: worker._start(prepared)())
+    codes = timed("fill batches", lambda: worker._stage(prepared)()())
     rows = timed("lay out", lambda: list(worker._laid_out(prepared, codes)))
     assert all(isinstance(row, Row) for row in rows)
     rows = [row for _ in range(-(-everything // count)) for row in rows][:everything]
@@ -192,11 +192,14 @@ class StandInForClips:
         self.codes = np.random.default_rng(0).integers(0, tokenizer.codebook_size, shape, np.int32)
         self.staged = torch.zeros(self.batch_size, shape[1] * self.hop)
 
-    def start(self, waveforms: Sequence[np.ndarray]) -> Callable[[], list[np.ndarray]]:
+    def stage(self, waveforms: Sequence[np.ndarray]) -> Callable[[], Callable[[], list[np.ndarray]]]:
         frames = [-(-len(waveform) // self.hop) for waveform in waveforms]
         for indices in clip_batches.batches(frames, self.hop, self.batch_size):
             clip_batches.fill(self.staged[: len(indices)], [waveforms[index] for index in indices])
-            self.device.take(len(indices))
+        return lambda: self.start(frames)
+
+    def start(self, frames: list[int]) -> Callable[[], list[np.ndarray]]:
+        self.device.take(len(frames))
         done = len(self.device.done)
 
         def result() -> list[np.ndarray]:

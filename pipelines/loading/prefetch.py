@@ -48,6 +48,8 @@ class Prefetcher(Generic[Item]):
         try:
             for item in self._source:
                 self._ready.put(item)
+                # Else it would stay in memory until the next one is there.
+                del item
                 if self._closed.is_set():
                     return
             self._ready.put(StopIteration())

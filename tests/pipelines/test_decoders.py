@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pipelines.sequence import Modality
 from pipelines.shards.schema import Row
 from pipelines.tokenize import decoders
 from pipelines.tokenize.ahead import mapped
-from pipelines.tokenize.decoders import Decoders
+from pipelines.tokenize.decoders import Decoders, Item
 from pipelines.tokenize.prepare import Part, Prepared
 from pipelines.tokenize.units import WorkUnit, grouped
 from pipelines.tokenize.worker import UnitWorker, Window, _windows
@@ -73,6 +74,21 @@ def test_windows_grow_from_a_small_first_one_up_to_their_bounds() -> None:
     assert lengths(Window(documents=16, size=2**20)) == [16, 16, 8]
     assert lengths(Window(documents=16, size=2**20, first=3)) == [3, 6, 12, 16, 3]
     assert lengths(Window(documents=16, size=700, first=3)) == [3, 6, 7, 7, 7, 7, 3]
+
+
+def test_a_window_that_is_begun_holds_no_media(worker: UnitWorker) -> None:
+    media: list[weakref.ref[np.ndarray]] = []
+
+    def window(unit: WorkUnit) -> list[Item]:
+        items = list(worker._prepared(unit.source, worker._sources[unit.source].read(unit.slices)))
+        parts = [part for item in items if isinstance(item, Prepared) for part in item.parts]
+        media.extend(weakref.ref(part.payload) for part in parts if not isinstance(part.payload, str))
+        return items
+
+    for _, start in worker._staged(map(window, units(worker))):
+        start()
+        assert [ref() for ref in media if ref() is not None] == []
+    assert media
 
 
 def test_arrays_that_do_not_fit_or_find_no_place_come_through_pipes(
