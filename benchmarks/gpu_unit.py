@@ -64,7 +64,7 @@ def pictures(folder: Path, count: int, arguments: argparse.Namespace) -> list[di
     side = config.resolution
     codes = side // config.downsampling
     made = natural_pictures(min(count, 4096), side, seed=1, device=DEVICE).cpu().numpy()
-    files = encoded(made, _jpeg)
+    files = encoded(made, jpeg)
     checkpoint = image_encode.random_checkpoint(folder / "image", config, {}, DEVICE)
     dtype = "float16" if ON_GPU else "float32"
     settings = {"image": {"checkpoint": str(checkpoint), "rows": codes, "columns": codes, "dtype": dtype}}
@@ -81,8 +81,8 @@ def pictures(folder: Path, count: int, arguments: argparse.Namespace) -> list[di
 
 def sounds(folder: Path, count: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
     rng = np.random.default_rng(0)
-    clips = [_sound(rng) for _ in range(min(count, 128))]
-    files = encoded(clips, _wav)
+    clips = [sound(rng) for _ in range(min(count, 128))]
+    files = encoded(clips, wav)
     heard = [load_sound(data, "x", RATE_HZ) for data in files]
     config = audio_encode.RELEASED if ON_GPU else audio_encode.TINY
     made = audio_encode.random_tokenizer(config, "linear", np.concatenate(heard[:64]), DEVICE)
@@ -146,9 +146,15 @@ def compare(
 
 
 def unit_worker(
-    folder: Path, name: str, files: list[bytes], count: int, ending: str, tokenizers: dict[str, object]
+    folder: Path,
+    name: str,
+    files: list[bytes],
+    count: int,
+    ending: str,
+    tokenizers: dict[str, object],
+    device: str = DEVICE.type,
 ) -> UnitWorker:
-    """A worker on the GPU, for one tar with `count` samples."""
+    """A worker, on the GPU if there is one, for one tar with `count` samples."""
     path = folder / f"{name}.tar"
     with tarfile.open(path, "w") as tar:
         for index in range(count):
@@ -166,7 +172,7 @@ def unit_worker(
             "cluster": {"gpus_per_worker": 1},
         }
     )
-    return UnitWorker(recipe, DEVICE.type)
+    return UnitWorker(recipe, device)
 
 
 def encoded(items: Sequence[np.ndarray], encode: Callable[[np.ndarray], bytes]) -> list[bytes]:
@@ -174,19 +180,19 @@ def encoded(items: Sequence[np.ndarray], encode: Callable[[np.ndarray], bytes]) 
         return list(pool.map(encode, items))
 
 
-def _jpeg(pixels: np.ndarray) -> bytes:
+def jpeg(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
-def _wav(waveform: np.ndarray) -> bytes:
+def wav(waveform: np.ndarray) -> bytes:
     file = io.BytesIO()
     soundfile.write(file, waveform, RATE_HZ, format="WAV", subtype="PCM_16")
     return file.getvalue()
 
 
-def _sound(rng: np.random.Generator) -> np.ndarray:
+def sound(rng: np.random.Generator) -> np.ndarray:
     """Noise under a moving envelope, with a few tones: float32 [samples]."""
     time_s = np.arange(SECONDS * RATE_HZ, dtype=np.float32) / RATE_HZ
     tones = sum(np.sin(2 * np.pi * rng.uniform(80, 2000) * time_s + rng.uniform(0, 6)) for _ in range(3))

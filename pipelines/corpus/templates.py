@@ -9,6 +9,7 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import ClassVar
 
 from pydantic import Field, field_validator
@@ -83,7 +84,8 @@ def _append_text(spans: list[RawSpan], text: str, uri: str = "") -> None:
         spans.append(RawSpan(modality=Modality.TEXT, text=text, uri=uri))
 
 
-def _parsed(template: str) -> list[tuple[str, str]]:
+@lru_cache(maxsize=1024)
+def _parsed(template: str) -> tuple[tuple[str, str], ...]:
     """Pairs of literal text and the placeholder behind it, "" at the end."""
     try:
         parts = list(string.Formatter().parse(template))
@@ -91,4 +93,4 @@ def _parsed(template: str) -> list[tuple[str, str]]:
         raise ValueError(f"template {template!r}: {error}; write {{{{ for a brace itself") from error
     if any(specification or conversion for _, _, specification, conversion in parts):
         raise ValueError(f"template {template!r}: a placeholder is a name in braces alone, such as {{text}}")
-    return [(literal, name or "") for literal, name, _, _ in parts]
+    return tuple((literal, name or "") for literal, name, _, _ in parts)

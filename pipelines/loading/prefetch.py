@@ -16,11 +16,11 @@ class Prefetcher(Generic[Item]):
     An exception of the source is raised where its item would have come. Close it, or its thread stays.
     """
 
-    def __init__(self, source: Iterator[Item], depth: int) -> None:
+    def __init__(self, source: Iterator[Item], depth: int, name: str = "braid-loader") -> None:
         self._source = source
         self._ready: queue.Queue[Item | BaseException] = queue.Queue(depth)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="braid-loader", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[Item]:
@@ -48,6 +48,8 @@ class Prefetcher(Generic[Item]):
         try:
             for item in self._source:
                 self._ready.put(item)
+                # Else it would stay in memory until the next one is there.
+                del item
                 if self._closed.is_set():
                     return
             self._ready.put(StopIteration())

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ from pipelines.shards.storage import Storage, naming_a_full_disk, sync
 
 ROW_GROUP_TOKENS = 2_000_000
 """About 14 MB in memory: small enough to read alone, large enough to compress."""
+
+_PIECE_TOKENS = 2**17
+"""Rows are counted and laid out for Arrow by so many tokens, which fit the processor's caches, and so that little of it is
+left to do when the last row has come."""
 
 REJECT_SCHEMA = pa.schema(
     [
@@ -64,9 +69,22 @@ class ShardWriter:
     """Collects the rows of one unit and writes them in row groups of bounded token count.
 
     As a context it leaves nothing behind where an error, such as a full disk, ends it before `finish`.
+
+    Args:
+        unit: identity of the work unit, whose record is `unit_record`.
+        beside: compress and write on a thread while more rows are added; at most one row group waits for it. An error
+            there is raised at the next one, or by `finish`.
     """
 
-    def __init__(self, dataset: Storage, vocabulary: Vocabulary, unit: str, unit_record: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        dataset: Storage,
+        vocabulary: Vocabulary,
+        unit: str,
+        unit_record: dict[str, Any],
+        *,
+        beside: bool = False,
+    ) -> None:
         self._dataset = dataset
         self._unit = unit
         self._record = unit_record
@@ -74,6 +92,9 @@ class ShardWriter:
         self.statistics = Statistics.empty(vocabulary)
         self._pending: list[Row] = []
         self._pending_tokens = 0
+        self._pieces: list[pa.RecordBatch] = []
+        """Of the row group, before what is pending."""
+        self._group_tokens = 0
         self._rows = self._size = self._row_groups = 0
         self._rejects: list[Reject] = []
         # On the dataset's own disk, so that the finished file takes its name by a rename; else on this machine's.
@@ -86,11 +107,15 @@ class ShardWriter:
         except BaseException:
             self._temporary.unlink(missing_ok=True)
             raise
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="braid-write") if beside else None
+        self._writing: Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._thread:
+            self._thread.shutdown()
         if error is not None:
             # Closing writes the footer, which a full disk does not take.
             with suppress(OSError):
@@ -100,8 +125,10 @@ class ShardWriter:
     def add(self, row: Row) -> None:
         self._pending.append(row)
         self._pending_tokens += len(row.sequence.token_ids)
-        if self._pending_tokens >= ROW_GROUP_TOKENS:
+        if self._group_tokens + self._pending_tokens >= ROW_GROUP_TOKENS:
             self._flush()
+        elif self._pending_tokens >= _PIECE_TOKENS:
+            self._piece()
 
     def reject(self, reject: Reject) -> None:
         self._rejects.append(reject)
@@ -118,13 +145,15 @@ class ShardWriter:
 
     def _finish(self) -> WrittenShard:
         self._flush()
+        self._settle()
         mark = uuid.uuid4().hex
+        statistics = self.statistics.to_json()
         self._writer.add_key_value_metadata(
             {
                 "braid.format_version": str(FORMAT_VERSION),
                 "braid.fingerprint": self._vocabulary.fingerprint,
                 "braid.unit": json.dumps(self._record),
-                "braid.statistics": json.dumps(self.statistics.to_json()),
+                "braid.statistics": json.dumps(statistics),
                 **placeholder(SCHEMA, self._row_groups, mark),
             }
         )
@@ -141,7 +170,7 @@ class ShardWriter:
             rows=self._rows,
             rejects=len(self._rejects),
             rejects_size=self._write_rejects(name),
-            statistics=self.statistics.to_json(),
+            statistics=statistics,
         )
 
     def _open(self) -> pq.ParquetWriter:
@@ -175,16 +204,40 @@ class ShardWriter:
         self._dataset.upload(self._temporary, f"shards/{name}")
         return name
 
-    def _flush(self) -> None:
+    def _piece(self) -> None:
+        """Count what is pending, and lay it out for Arrow."""
         if not self._pending:
             return
         self.statistics.add(self._pending)
-        with naming_a_full_disk(self._folder):
-            # One row group: a batch of so few tokens is far below Arrow's limit of rows.
-            self._writer.write_batch(to_arrow(self._pending))
-        self._row_groups += 1
+        self._pieces.append(to_arrow(self._pending))
         self._rows += len(self._pending)
+        self._group_tokens += self._pending_tokens
         self._pending, self._pending_tokens = [], 0
+
+    def _flush(self) -> None:
+        """Write what is there as a row group."""
+        self._piece()
+        if not self._pieces:
+            return
+        group = pa.Table.from_batches(self._pieces)
+        self._row_groups += 1
+        self._pieces, self._group_tokens = [], 0
+        if self._thread:
+            self._settle()
+            self._writing = self._thread.submit(self._write, group)
+        else:
+            self._write(group)
+
+    def _write(self, group: pa.Table) -> None:
+        with naming_a_full_disk(self._folder):
+            # One row group: so few tokens are far below Arrow's limit of rows.
+            self._writer.write_table(group)
+
+    def _settle(self) -> None:
+        """Wait for what is written beside."""
+        if self._writing:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def _write_rejects(self, name: str) -> int:
         if not self._rejects:

@@ -40,10 +40,10 @@ def mapped(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iter
                 future.cancel()
 
 
-def ahead(items: Generator[A, None, None], depth: int = 1) -> Generator[A, None, None]:
+def ahead(items: Generator[A, None, None], name: str, depth: int = 1) -> Generator[A, None, None]:
     """The items, made on a thread of their own, up to `depth` of them before they are asked for."""
     try:
-        with closing(Prefetcher(items, depth)) as made:
+        with closing(Prefetcher(items, depth, f"braid-{name}")) as made:
             yield from made
     finally:
         items.close()

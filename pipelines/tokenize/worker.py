@@ -11,6 +11,7 @@ import platform
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,16 +39,21 @@ class Window:
 
     documents: int
     size: int
+    first: int | None = None
+    """Documents of a unit's first window, where that is smaller; from there each has twice as many as the one before."""
 
 
 ON_CPU = Window(documents=64, size=64 * 2**20)
-ON_GPU = Window(documents=256, size=256 * 2**20)
-"""Several batches, so that the GPU need not wait for what comes between two windows. Up to three are decoded in memory: one
-being filled, one that waits, and one on its way to the GPU."""
+ON_GPU = Window(documents=256, size=256 * 2**20, first=64)
+"""Several batches, so that the GPU need not wait for what comes between two windows, but few at first, so that it soon has
+something to do, and goes on with it while the next ones are decoded. Up to five windows are in memory: one being decoded,
+one being copied to where the GPU fetches it, one that waits before each of the two, and one on its way to the GPU."""
 
 Result = Row | Reject | Dropped
 Codes = dict[Modality, list[np.ndarray]]
 """Of a window's media and texts, in their order."""
+Start = Callable[[], Callable[[], Codes]]
+"""Begins to encode a window, and gives what waits for its codes. To be called once."""
 
 
 class UnitWorker:
@@ -92,7 +98,8 @@ class UnitWorker:
 
     def run(self, unit: WorkUnit) -> WrittenShard:
         """Read, decode, tokenize, interleave and write one unit."""
-        with ShardWriter(self._storage, self.vocabulary, unit.id, unit.record()) as writer:
+        beside = bool(self.decoders)
+        with ShardWriter(self._storage, self.vocabulary, unit.id, unit.record(), beside=beside) as writer:
             for result in self.rows(unit):
                 if isinstance(result, Reject):
                     writer.reject(result)
@@ -107,7 +114,10 @@ class UnitWorker:
         seen: set[str] = set()
         source = self._sources[unit.source]
         windows = _windows(self._prepared(unit.source, source.read(unit.slices)), self.window)
-        encoded = ahead(self._encoded(ahead(windows))) if self.decoders else self._encoded(windows)
+        if self.decoders:
+            encoded = ahead(self._encoded(ahead(self._staged(ahead(windows, "read")), "stage")), "encode")
+        else:
+            encoded = self._encoded(self._staged(windows))
         with closing(encoded):
             for window, codes in encoded:
                 for result in self._laid_out(window, codes):
@@ -127,36 +137,41 @@ class UnitWorker:
             self._decoders = Decoders(self._preparation, self.decoders)
         yield from self._decoders.prepared(source, items)
 
-    def _encoded(self, windows: Iterable[list[Item]]) -> Generator[tuple[list[Item], Codes], None, None]:
+    def _staged(self, windows: Iterable[list[Item]]) -> Generator[tuple[list[Item], Start], None, None]:
+        """Each window without its media, and what begins to encode them."""
+        for window in windows:
+            start = self._stage(window)
+            # While it waits for whoever takes the window, this must not hold its media.
+            window = [item.emptied() if isinstance(item, Prepared) else item for item in window]
+            yield window, start
+
+    def _encoded(self, windows: Iterable[tuple[list[Item], Start]]) -> Generator[tuple[list[Item], Codes], None, None]:
         """Each window with its codes. Beside decoders the next window is begun before the codes of one are waited for."""
         begun: list[tuple[list[Item], Callable[[], Codes]]] = []
-        for window in windows:
-            codes = self._start(window)
-            begun.append(([item.emptied() if isinstance(item, Prepared) else item for item in window], codes))
+        for window, start in windows:
+            begun.append((window, start()))
             if len(begun) > bool(self.decoders):
                 done, codes = begun.pop(0)
                 yield done, codes()
         for done, codes in begun:
             yield done, codes()
 
-    def _start(self, window: list[Item]) -> Callable[[], Codes]:
-        """Begin to encode a window, each modality in one call, pictures in one call for each shape."""
+    def _stage(self, window: list[Item]) -> Start:
+        """Encode the texts of a window and make its media ready, sounds in one call, pictures in one for each shape."""
         documents = [item for item in window if isinstance(item, Prepared)]
         codes: Codes = {Modality.TEXT: self.tokenizers.text.encode(_payloads(documents, Modality.TEXT))}
-        image = audio = None
+        staged: dict[Modality, Callable[[], Callable[[], list[np.ndarray]]]] = {}
         if self.tokenizers.image and (pictures := _payloads(documents, Modality.IMAGE)):
-            image = _start_by_shape(self.tokenizers.image, pictures)
+            staged[Modality.IMAGE] = partial(_start_by_shape, self.tokenizers.image, pictures)
         if self.tokenizers.audio and (sounds := _payloads(documents, Modality.AUDIO)):
-            audio = self.tokenizers.audio.start(sounds)
+            staged[Modality.AUDIO] = self.tokenizers.audio.stage(sounds)
 
-        def result() -> Codes:
-            if image:
-                codes[Modality.IMAGE] = image()
-            if audio:
-                codes[Modality.AUDIO] = audio()
-            return codes
+        def start() -> Callable[[], Codes]:
+            # Each is let go of once it has begun, and with it what it would encode.
+            begun = {modality: staged.pop(modality)() for modality in list(staged)}
+            return lambda: codes | {modality: result() for modality, result in begun.items()}
 
-        return result
+        return start
 
     def _laid_out(self, window: list[Item], codes: Codes) -> Iterator[Result]:
         """Each document of a window as a row, or as what stands for it."""
@@ -233,12 +248,13 @@ def _payloads(documents: Iterable[Prepared], modality: Modality) -> list:  # typ
 def _windows(items: Iterable[Item], most: Window) -> Generator[list[Item], None, None]:
     window: list[Item] = []
     size = 0
+    documents = most.first or most.documents
     for item in items:
         window.append(item)
         if isinstance(item, Prepared):
             size += item.size
-        if len(window) >= most.documents or size >= most.size:
+        if len(window) >= documents or size >= most.size:
             yield window
-            window, size = [], 0
+            window, size, documents = [], 0, min(2 * documents, most.documents)
     if window:
         yield window

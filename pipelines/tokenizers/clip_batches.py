@@ -7,7 +7,8 @@ batch, nor on the silence after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,21 +61,46 @@ class ClipBatches:
 
         Whoever starts the next clips before asking for these keeps the device busy between the two.
         """
-        frames = [-(-len(waveform) // self.hop) for waveform in waveforms]
-        codes: list[np.ndarray] = [np.empty(0)] * len(waveforms)
+        frames = self._frames(waveforms)
+        return self._started(frames, self._filled(waveforms, frames))
+
+    def stage(self, waveforms: Sequence[np.ndarray]) -> Callable[[], Callable[[], list[np.ndarray]]]:
+        """Copy all clips into pinned memory, which takes half as long as encoding them; what is returned is then `start`'s
+        other part, to be called once. The two may be called by different threads."""
+        frames = self._frames(waveforms)
+        staged = deque(self._filled(waveforms, frames))
+
+        def leaving() -> Iterator[tuple[list[int], Tensor]]:
+            while staged:
+                yield staged.popleft()
+
+        return lambda: self._started(frames, leaving())
+
+    def _frames(self, waveforms: Sequence[np.ndarray]) -> list[int]:
+        return [-(-len(waveform) // self.hop) for waveform in waveforms]
+
+    def _filled(self, waveforms: Sequence[np.ndarray], frames: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """Batches in pinned memory, each with the indices of its clips."""
+        for indices in batches(frames, self.hop, self.batch_size):
+            longest = max(self.least_frames, frames[indices[0]])
+            rows = torch.empty(len(indices), longest * self.hop, pin_memory=True)
+            fill(rows, [waveforms[index] for index in indices])
+            yield indices, rows
+
+    def _started(self, frames: list[int], filled: Iterable[tuple[list[int], Tensor]]) -> Callable[[], list[np.ndarray]]:
+        codes: list[np.ndarray] = [np.empty(0)] * len(frames)
         flights: list[_Flight] = []
 
         def land() -> None:
             flight = flights.pop(0)
             flight.landed.synchronize()
+            # A copy, for the batch's memory is used again.
+            landed = flight.codes.numpy().astype(np.int32)
             for row, index in enumerate(flight.indices):
-                codes[index] = (
-                    flight.codes[row, : frames[index]].numpy().astype(np.int32)
-                )  # A copy: the batch's memory is used again.
+                codes[index] = landed[row, : frames[index]]
 
-        for indices in batches(frames, self.hop, self.batch_size):
-            longest = max(self.least_frames, frames[indices[0]])
-            flights.append(self._start(indices, [waveforms[index] for index in indices], longest))
+        for indices, rows in filled:
+            flights.append(self._start(indices, rows))
             if len(flights) == 2:
                 land()
 
@@ -85,11 +111,7 @@ class ClipBatches:
 
         return result
 
-    def _start(self, indices: list[int], waveforms: list[np.ndarray], frames: int) -> _Flight:
-        rows = torch.empty(len(waveforms), frames * self.hop, pin_memory=True)
-        for row, waveform in zip(rows, waveforms, strict=True):
-            row[: len(waveform)] = torch.from_numpy(np.ascontiguousarray(waveform, np.float32))
-            row[len(waveform) :] = 0
+    def _start(self, indices: list[int], rows: Tensor) -> _Flight:
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._copies):
             given = rows.to(self.device, non_blocking=True)
@@ -100,6 +122,20 @@ class ClipBatches:
         landed = torch.cuda.Event()
         landed.record(current)
         return _Flight(indices, codes, landed)
+
+
+def fill(rows: Tensor, waveforms: Sequence[np.ndarray]) -> None:
+    """Write waveforms into the rows of a batch, float32 [B, samples], with silence behind each."""
+    parts: list[Tensor] = []
+    silence = torch.zeros(rows.shape[1] - min(map(len, waveforms)))
+    for waveform in waveforms:
+        # torch takes no array that must not be written to.
+        parts += (
+            torch.from_numpy(np.require(waveform, np.float32, ["C", "W"])),
+            silence[: rows.shape[1] - len(waveform)],
+        )
+    # One call, for after each the thread would have to wait for Python's lock, which decoders' threads want too.
+    torch.cat(parts, out=rows.view(-1))
 
 
 def batches(frames: Sequence[int], hop: int, batch_size: int) -> Iterator[list[int]]:

@@ -20,6 +20,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
@@ -173,18 +174,41 @@ class AudioTokenizer:
         In float16 and float16x2, whoever starts the next clips before asking for these codes keeps the GPU busy between
         the two.
         """
+        cut = self._segmented(waveforms)
+        pieces = list(chain.from_iterable(cut))
+        if self._fast:
+            return partial(self._landed, cut, self._fast.start(pieces))
+        codes = self._encode(pieces)
+        return lambda: _joined(cut, codes)
+
+    @torch.inference_mode()
+    def stage(self, waveforms: Sequence[np.ndarray]) -> Callable[[], Callable[[], list[np.ndarray]]]:
+        """Copy clips to where a GPU fetches them from; what is returned begins to encode them, once: see `start`.
+
+        Only float16 and float16x2 copy anything, all clips at once. Another thread may do this for the next clips while
+        one begins to encode these.
+        """
+        if not self._fast:
+            return partial(self.start, waveforms)
+        cut = self._segmented(waveforms)
+        start = self._fast.stage(list(chain.from_iterable(cut)))
+
+        @torch.inference_mode()
+        def begin() -> Callable[[], list[np.ndarray]]:
+            return partial(self._landed, cut, start())
+
+        return begin
+
+    def _segmented(self, waveforms: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
         for index, waveform in enumerate(waveforms):
             if waveform.ndim != 1 or not len(waveform):
                 raise ValueError(
                     f"waveform {index} has shape {list(waveform.shape)}: give mono float32 [samples], at least one sample."
                 )
-        cut = self._segments(waveforms, self.hop)
-        pieces = list(chain.from_iterable(cut))
-        if self._fast:
-            pending = self._fast.start(pieces)
-            return lambda: _joined(cut, self._representable(pending()))
-        codes = self._encode(pieces)
-        return lambda: _joined(cut, codes)
+        return self._segments(waveforms, self.hop)
+
+    def _landed(self, cut: list[list[np.ndarray]], pending: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
+        return _joined(cut, self._representable(pending()))
 
     def agreement(self, reference: AudioTokenizer, waveforms: Sequence[np.ndarray]) -> np.ndarray:
         """Share of the codes of clips that equal those of `reference`, the same tokenizer in float32, say.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -82,10 +83,7 @@ class FixedBatches:
             self._turn = 1 - self._turn
             lane.copied.synchronize()
             part = items[start : start + self.batch_size]
-            staged = lane.staged.numpy()
-            for row, item in zip(staged, part, strict=False):
-                row[...] = item
-            staged[len(part) :] = 0
+            fill(lane.staged, part)
             with torch.cuda.stream(self._copies):
                 self._copies.wait_event(lane.taken)
                 lane.given.copy_(lane.staged, non_blocking=True)
@@ -123,3 +121,11 @@ class FixedBatches:
 
             graphs[shape] = replay
         return graphs[shape]
+
+
+def fill(staged: Tensor, items: Sequence[NDArray[Any]] | NDArray[Any]) -> None:
+    """Write items into the first rows of a batch, and zeros into the others."""
+    rows = staged[: len(items)]
+    # One call, for after each the thread would have to wait for Python's lock, which decoders' threads want too.
+    torch.stack([torch.from_numpy(np.require(item, requirements=["C", "W"])) for item in items], out=rows)
+    staged[len(items) :] = 0

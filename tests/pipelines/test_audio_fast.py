@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,20 @@ def test_on_a_gpu_a_fast_tokenizer_agrees_and_repeats(dtype: Any) -> None:
     assert fast.agreement(exact, clips).mean() > (0.995 if dtype == "float16x2" else 0.97)
     with pytest.raises(FloatingPointError, match="waveform 1 of 2"):
         fast.encode([clips[0], np.full(2000, np.nan, np.float32)])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_another_thread_may_stage_the_next_clips() -> None:
+    network = network_of(AudioTokenizerConfig(sample_rate_hz=24_000, n_q=8, codebook_size=64, pad_mode="reflect"))
+    fast = AudioTokenizer(network, name="random", sha256="", device="cuda", dtype="float16x2", batch_size=4)
+    generator = np.random.default_rng(0)
+    windows = [[generator.normal(0, 0.1, n).astype(np.float32) for n in (9000, 700, 24_000)] * 3 for _ in range(3)]
+    with ThreadPoolExecutor(1) as other:
+        started = [other.submit(fast.stage, window).result()() for window in windows]
+        for window, result in zip(windows, started, strict=True):
+            for codes, expected in zip(result(), fast.encode(window), strict=True):
+                np.testing.assert_array_equal(codes, expected)
 
 
 @pytest.mark.gpu

@@ -2,19 +2,23 @@
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipelines.corpus.documents import Reject
 from pipelines.corpus.errors import TransientError
+from pipelines.sequence import Modality
 from pipelines.shards.schema import Row
 from pipelines.tokenize import decoders
 from pipelines.tokenize.ahead import mapped
-from pipelines.tokenize.decoders import Decoders
+from pipelines.tokenize.decoders import Decoders, Item
+from pipelines.tokenize.prepare import Part, Prepared
 from pipelines.tokenize.units import WorkUnit, grouped
-from pipelines.tokenize.worker import UnitWorker, Window
+from pipelines.tokenize.worker import UnitWorker, Window, _windows
 from tests.pipelines.tiny import tiny_recipe
 
 
@@ -47,7 +51,10 @@ def of(worker: UnitWorker) -> Decoders:
     return worker._decoders
 
 
-@pytest.mark.parametrize("window", [Window(documents=256, size=2**28), Window(documents=3, size=2000)])
+@pytest.mark.parametrize(
+    "window",
+    [Window(documents=256, size=2**28), Window(documents=3, size=2000), Window(documents=40, size=2**28, first=1)],
+)
 def test_decoders_change_no_row_and_no_order(worker: UnitWorker, window: Window) -> None:
     expected = list(results(worker))
     worker.decoders, worker.window = 3, window
@@ -55,6 +62,33 @@ def test_decoders_change_no_row_and_no_order(worker: UnitWorker, window: Window)
     assert len(expected) == 42
     assert own_threads() == []
     assert len(of(worker)._free) == decoders.PLACES
+
+
+def test_windows_grow_from_a_small_first_one_up_to_their_bounds() -> None:
+    def document(number: int) -> Prepared:
+        return Prepared("", f"d{number}", 0, "", [Part(Modality.AUDIO, np.zeros(25, np.float32), "")], None)
+
+    def lengths(window: Window) -> list[int]:
+        return [len(found) for found in _windows(map(document, range(40)), window)]
+
+    assert lengths(Window(documents=16, size=2**20)) == [16, 16, 8]
+    assert lengths(Window(documents=16, size=2**20, first=3)) == [3, 6, 12, 16, 3]
+    assert lengths(Window(documents=16, size=700, first=3)) == [3, 6, 7, 7, 7, 7, 3]
+
+
+def test_a_window_that_is_begun_holds_no_media(worker: UnitWorker) -> None:
+    media: list[weakref.ref[np.ndarray]] = []
+
+    def window(unit: WorkUnit) -> list[Item]:
+        items = list(worker._prepared(unit.source, worker._sources[unit.source].read(unit.slices)))
+        parts = [part for item in items if isinstance(item, Prepared) for part in item.parts]
+        media.extend(weakref.ref(part.payload) for part in parts if not isinstance(part.payload, str))
+        return items
+
+    for _, start in worker._staged(map(window, units(worker))):
+        start()
+        assert [ref() for ref in media if ref() is not None] == []
+    assert media
 
 
 def test_arrays_that_do_not_fit_or_find_no_place_come_through_pipes(

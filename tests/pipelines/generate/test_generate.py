@@ -129,7 +129,7 @@ def test_files_as_prompt_go_through_the_preprocessing_of_the_dataset(
     document = Document(source="s", position=0, spans=tuple(spans))
     prepared = prepare(document, Filters(), recipe.tokenizers, worker.tokenizers.shapes)
     assert isinstance(prepared, Prepared)
-    [row] = worker._laid_out([prepared], worker._start([prepared])())
+    [row] = worker._laid_out([prepared], worker._stage([prepared])()())
     encoded = encode_prompt(["the fox", *files], generator.vocabulary, generator.tokenizers)
     assert encoded.token_ids.tolist() == row.sequence.token_ids[:-1].tolist()  # type: ignore[union-attr]
     assert encoded.modality_ids.tolist() == row.sequence.modality_ids[:-1].tolist()  # type: ignore[union-attr]
