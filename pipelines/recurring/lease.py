@@ -120,11 +120,11 @@ class Lease:
         generation = (newest[0] if newest else 0) + 1
         mine = json.dumps(asdict(Holder.me(what)), indent=1).encode()
         if not create_exclusively(_file(folder, generation), mine):
-            raise HeldError(f"another process took the lease in {folder} at this moment: {read_holder(folder) or ''}")
+            raise _taken_at_this_moment(folder)
         if _generations(folder)[-1] != generation:
             # It was taken and given back more than once since we looked, and our number was free again.
             _file(folder, generation).unlink(missing_ok=True)
-            raise HeldError(f"another process took the lease in {folder} at this moment: {read_holder(folder) or ''}")
+            raise _taken_at_this_moment(folder)
         crash_point("lease_taken")
         # From here on whoever held it before, and only slept, cannot pass `require`.
         for older in _generations(folder)[:-1]:
@@ -188,6 +188,12 @@ class Lease:
             # A file server that is away for a moment is no reason to stop; for longer, and others take us for dead.
             if error.errno == errno.ESTALE:
                 self._lost = "its file was removed on the server"
+
+
+def _taken_at_this_moment(folder: Path) -> HeldError:
+    if holder := read_holder(folder):
+        return HeldError(f"{holder}, holds the lease in {folder}: both asked for it at this moment, and it was faster")
+    return HeldError(f"another process took the lease in {folder} and gave it back at this moment; ask again")
 
 
 def read_holder(folder: Path) -> Holder | None:

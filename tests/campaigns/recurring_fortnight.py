@@ -139,7 +139,7 @@ class Fortnight:
         if kind == "concurrent":
             both = [self.nightly.start("tick") for _ in range(2)]
             said = [(p.wait(), p.communicate()[0]) for p in both]
-            held = [text for _, text in said if "holds the lease" in text or "at this moment" in text]
+            held = [text for _, text in said if "the lease in" in text]
             assert len(held) <= 1, said
             return " | ".join(map(self._short, said))
         return self._disturbed(kind)

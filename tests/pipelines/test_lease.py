@@ -164,6 +164,25 @@ def test_a_damaged_lease_is_over_after_its_time(tmp_path: Path) -> None:
         assert lease.generation == 8
 
 
+def test_of_two_who_ask_at_one_moment_the_slower_is_told_who_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both look while it is free; the other's link comes first."""
+    from pipelines.recurring import lease as module
+
+    real, held = module.create_exclusively, []
+
+    def slow(file: Path, content: bytes) -> bool:
+        monkeypatch.setattr(module, "create_exclusively", real)
+        held.append(Lease.take(tmp_path, QUICK, "the faster"))
+        return real(file, content)
+
+    monkeypatch.setattr(module, "create_exclusively", slow)
+    with pytest.raises(HeldError, match=rf"^the faster of .*, process {os.getpid()}, since .*, holds the lease in"):
+        Lease.take(tmp_path, QUICK, "the slower")
+    held[0].release()
+
+
 def test_a_number_that_became_free_again_is_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the look of a slow process and its link, the lease was taken and given back twice."""
     from pipelines.recurring import lease as module
