@@ -2,7 +2,8 @@
 
 Enters: activations [T, D] of any floating type. Leaves: the same type; sums are made in float32 at least. On CUDA the
 Triton kernels of `model.triton_elementwise` run, elsewhere the formulas below in PyTorch, which are also what the kernels
-are tested against. Always holds: functions whose name ends in `_` overwrite what their text says they overwrite.
+are tested against. Always holds: functions whose name ends in `_` overwrite what their text says they overwrite; and a
+`peak`, a float32 scalar, is raised to the largest magnitude in what the next product takes, for `model.float8` to scale by.
 
 Shapes: T tokens, D hidden, N heads, H head size.
 """
@@ -40,40 +41,47 @@ class Normed(NamedTuple):
     """[T], float32 at least: one over the standard deviation."""
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Normed:
+def norm(x: Tensor, weight: Tensor, eps: float, peak: Tensor | None = None) -> Normed:
     """LayerNorm without bias over the last dimension of x [T, D] (Ba et al., 2016)."""
     if has_kernels(x):
         from model import triton_elementwise
 
-        return Normed(*triton_elementwise.norm(x, None, weight, eps))
+        return Normed(*triton_elementwise.norm(x, None, weight, eps, peak))
     wide = _wide(x)
     mean = wide.mean(-1)
     rstd = (wide.var(-1, correction=0) + eps).rsqrt()
-    return Normed(_normalized(x, mean, rstd, weight), mean, rstd)
+    return Normed(raise_(peak, _normalized(x, mean, rstd, weight)), mean, rstd)
 
 
-def add_norm_(y: Tensor, x: Tensor, weight: Tensor, eps: float) -> Normed:
+def add_norm_(y: Tensor, x: Tensor, weight: Tensor, eps: float, peak: Tensor | None = None) -> Normed:
     """Overwrite y with x + y, and normalize that."""
     if has_kernels(x):
         from model import triton_elementwise
 
-        return Normed(*triton_elementwise.norm(y, x, weight, eps))
-    return norm(y.add_(x), weight, eps)
+        return Normed(*triton_elementwise.norm(y, x, weight, eps, peak))
+    return norm(y.add_(x), weight, eps, peak)
 
 
-def norm_again(x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+def norm_again(x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, peak: Tensor | None = None) -> Tensor:
     """The output of `norm` once more, from its statistics."""
-    return _normalized(x, mean, rstd, weight)
+    return raise_(peak, _normalized(x, mean, rstd, weight))
 
 
 def norm_backward(
-    grad_output: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, grad_residual: Tensor
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_residual: Tensor,
+    peak: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass of `norm`, joined with the gradient that goes around it.
 
     Args:
         grad_output: [T, D], gradient of the norm's output.
         grad_residual: [T, D], gradient of x that did not pass through the norm.
+        peak: raised to the largest magnitude in the gradient of x.
 
     Returns:
         Gradient of x [T, D], both parts; gradient of the weight [D], float32 at least; the norm's output once more, which
@@ -82,12 +90,13 @@ def norm_backward(
     if has_kernels(x):
         from model import triton_elementwise
 
-        return triton_elementwise.norm_backward(grad_output, x, weight, mean, rstd, grad_residual)
+        return triton_elementwise.norm_backward(grad_output, x, weight, mean, rstd, grad_residual, peak)
     grad, unit = _wide(grad_output), (_wide(x) - mean[:, None]) * rstd[:, None]
     grad_weight = (grad * unit).sum(0)
     scaled = grad * _wide(weight)
     grad_x = (scaled - scaled.mean(-1, keepdim=True) - unit * (scaled * unit).mean(-1, keepdim=True)) * rstd[:, None]
-    return (grad_x + _wide(grad_residual)).to(x.dtype), grad_weight, (unit * _wide(weight)).to(x.dtype)
+    grad_x = raise_(peak, (grad_x + _wide(grad_residual)).to(x.dtype))
+    return grad_x, grad_weight, (unit * _wide(weight)).to(x.dtype)
 
 
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -106,37 +115,51 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return qkv
 
 
-def join_rotated(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+def join_rotated(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    peak: Tensor | None = None,
+) -> Tensor:
     """Gradients of the rotated queries and keys and of the values, each [T, N, H], as the gradient of qkv [T, 3, N, H]."""
     if has_kernels(grad_q) and cos is not None and sin is not None:
         from model import triton_elementwise
 
-        return triton_elementwise.join_rotated(grad_q, grad_k, grad_v, cos, sin)
+        return triton_elementwise.join_rotated(grad_q, grad_k, grad_v, cos, sin, peak)
     joined = torch.stack((grad_q, grad_k, grad_v), dim=1)
-    return joined if cos is None or sin is None else rotate_(joined, cos, -sin)
+    return raise_(peak, joined if cos is None or sin is None else rotate_(joined, cos, -sin))
 
 
-def gelu(h: Tensor) -> Tensor:
+def gelu(h: Tensor, peak: Tensor | None = None) -> Tensor:
     """The exact form (Hendrycks and Gimpel, 2016): x times the normal distribution function of x."""
     if has_kernels(h):
         from model import triton_elementwise
 
-        return triton_elementwise.gelu(h)
-    return torch.nn.functional.gelu(h)
+        return triton_elementwise.gelu(h, peak=peak)
+    return raise_(peak, torch.nn.functional.gelu(h))
 
 
-def gelu_backward_(grad_output: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrite grad_output with the gradient of h, and h with gelu(h); returns both."""
+def gelu_backward_(grad_output: Tensor, h: Tensor, peak: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Overwrite grad_output with the gradient of h, whose peak is meant, and h with gelu(h); returns both."""
     if has_kernels(h):
         from model import triton_elementwise
 
-        return triton_elementwise.gelu_backward_(grad_output, h)
+        return triton_elementwise.gelu_backward_(grad_output, h, peak)
     wide = _wide(h)
     below = 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
     density = torch.exp(-0.5 * wide.square()) / math.sqrt(2 * math.pi)
     grad_output.copy_(_wide(grad_output) * (below + wide * density))
     h.copy_(wide * below)
-    return grad_output, h
+    return raise_(peak, grad_output), h
+
+
+def raise_(peak: Tensor | None, x: Tensor) -> Tensor:
+    """Raise a peak, if there is one, to the largest magnitude in x, which is returned; NaN is the largest."""
+    if peak is not None:
+        torch.maximum(peak, torch.linalg.vector_norm(x, float("inf"), dtype=peak.dtype), out=peak)
+    return x
 
 
 def _wide(x: Tensor) -> Tensor:

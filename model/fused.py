@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from model import elementwise, products
 from model.attention import AttentionPlan, attend
+from model.float8 import EXACT, Peaks
 from model.rope import rotate
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class _Kept(NamedTuple):
     middle_rstd: Tensor
     wide: Tensor | None
     """[T, F], before GELU; None where it is to be computed again."""
+    peaks: list[Peaks]
+    """Of the four products, with those of their weights alone."""
 
 
 class BlockBackendError(RuntimeError):
@@ -141,40 +144,45 @@ class _FusedBlock(torch.autograd.Function):
             _, kept = _run(x, ctx.plan, ctx.eps, ctx.num_heads, ctx.float8, weights, differentiate=True, output=False)
             assert kept is not None
         ctx.kept = None
-        mean, rstd, leaves, mixed, middle, middle_mean, middle_rstd, wide = kept
+        mean, rstd, leaves, mixed, middle, middle_mean, middle_rstd, wide, all_peaks = kept
         del kept
+        qkv_peaks, output_peaks, in_peaks, out_peaks = all_peaks
         flat, grad = (part.contiguous().flatten(0, 1) for part in (x, grad_output))
 
         if wide is None:
             normed = elementwise.norm_again(middle, middle_norm_weight, middle_mean, middle_rstd)
-            wide = products.product(normed, in_weight, ctx.float8)
+            wide = products.product(normed, in_weight, in_peaks)
             del normed
-        grad_wide, active = elementwise.gelu_backward_(products.input_gradient(grad, out_weight, ctx.float8), wide)
+        qkv_peaks, output_peaks, in_peaks = qkv_peaks.fresh(), output_peaks.fresh(), in_peaks.fresh()
+        grad_wide, active = elementwise.gelu_backward_(
+            products.input_gradient(grad, out_weight, out_peaks), wide, in_peaks.x
+        )
         grad_out_weight = products.weight_gradient(out_weight, grad, active)
         del wide, active
         grad_middle, grad_middle_norm, normed = elementwise.norm_backward(
-            products.input_gradient(grad_wide, in_weight, ctx.float8),
+            products.input_gradient(grad_wide, in_weight, in_peaks),
             middle,
             middle_norm_weight,
             middle_mean,
             middle_rstd,
             grad,
+            output_peaks.x,
         )
         grad_in_weight = products.weight_gradient(in_weight, grad_wide, normed)
         del grad_wide, normed, middle
 
-        grad_mixed = products.input_gradient(grad_middle, output_weight, ctx.float8)
+        grad_mixed = products.input_gradient(grad_middle, output_weight, output_peaks)
         grad_output_weight = products.weight_gradient(output_weight, grad_middle, mixed.detach().reshape(flat.shape))
         grad_q, grad_k, grad_v, *grad_head_norms = torch.autograd.grad(mixed, leaves, grad_mixed.view(mixed.shape))
         del grad_mixed, mixed, leaves
         heads = (flat.shape[0], ctx.num_heads, -1)
         cos, sin = (None, None) if head_norms else _rotation(ctx.plan)
         grad_qkv = elementwise.join_rotated(
-            grad_q.reshape(heads), grad_k.reshape(heads), grad_v.reshape(heads), cos, sin
+            grad_q.reshape(heads), grad_k.reshape(heads), grad_v.reshape(heads), cos, sin, qkv_peaks.x
         ).view(flat.shape[0], -1)
         del grad_q, grad_k, grad_v
         grad_x, grad_norm, normed = elementwise.norm_backward(
-            products.input_gradient(grad_qkv, qkv_weight, ctx.float8), flat, norm_weight, mean, rstd, grad_middle
+            products.input_gradient(grad_qkv, qkv_weight, qkv_peaks), flat, norm_weight, mean, rstd, grad_middle
         )
         grad_qkv_weight = products.weight_gradient(qkv_weight, grad_qkv, normed)
         return (
@@ -206,8 +214,10 @@ def _run(
     norm_weight, qkv_weight, output_weight, middle_norm_weight, in_weight, out_weight, *head_norms = weights
     B, length, D = x.shape
     flat = x.contiguous().flatten(0, 1)
-    normed, mean, rstd = elementwise.norm(flat, norm_weight, eps)
-    qkv = products.product(normed, qkv_weight, float8).view(B * length, 3, num_heads, D // num_heads)
+    all_peaks = [Peaks.of(w) if float8 else EXACT for w in (qkv_weight, output_weight, in_weight, out_weight)]
+    qkv_peaks, in_peaks, out_peaks = (all_peaks[i].fresh() for i in (0, 2, 3))
+    normed, mean, rstd = elementwise.norm(flat, norm_weight, eps, qkv_peaks.x)
+    qkv = products.product(normed, qkv_weight, qkv_peaks).view(B * length, 3, num_heads, D // num_heads)
     del normed
     cos, sin = _rotation(plan)
     if cos is not None and sin is not None and not head_norms:
@@ -220,14 +230,16 @@ def _run(
         if cache is not None:
             k, v = cache.update(k, v, plan.positions)
         mixed = attend(q, k, v, plan)
-    middle = products.product(mixed.detach().reshape(B * length, D), output_weight, float8)
-    normed, middle_mean, middle_rstd = elementwise.add_norm_(middle, flat, middle_norm_weight, eps)
-    wide = products.product(normed, in_weight, float8)
+    middle = products.product(mixed.detach().reshape(B * length, D), output_weight, all_peaks[1])
+    normed, middle_mean, middle_rstd = elementwise.add_norm_(middle, flat, middle_norm_weight, eps, in_peaks.x)
+    wide = products.product(normed, in_weight, in_peaks)
     del normed
-    kept = _Kept(mean, rstd, leaves, mixed, middle, middle_mean, middle_rstd, wide) if differentiate else None
+    kept = (
+        _Kept(mean, rstd, leaves, mixed, middle, middle_mean, middle_rstd, wide, all_peaks) if differentiate else None
+    )
     if not output:
         return x, kept
-    result = products.product(elementwise.gelu(wide), out_weight, float8)
+    result = products.product(elementwise.gelu(wide, out_peaks.x), out_weight, out_peaks)
     return result.add_(middle).view(x.shape), kept
 
 

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from model import float8
+from model.float8 import EXACT, Peaks
 
 
-def product(x: Tensor, weight: Tensor, in_float8: bool = False) -> Tensor:
-    """[T, K] to [T, M]."""
-    return float8.product(x, weight) if in_float8 else x @ weight.T
+def product(x: Tensor, weight: Tensor, peaks: Peaks = EXACT) -> Tensor:
+    """[T, K] to [T, M]; with peaks in float8."""
+    return x @ weight.T if peaks.weight is None else float8.product(x, weight, peaks)
 
 
-def input_gradient(grad_output: Tensor, weight: Tensor, in_float8: bool = False) -> Tensor:
-    """[T, M] to [T, K]."""
-    return float8.input_gradient(grad_output, weight) if in_float8 else grad_output @ weight
+def input_gradient(grad_output: Tensor, weight: Tensor, peaks: Peaks = EXACT) -> Tensor:
+    """[T, M] to [T, K]; with peaks in float8."""
+    return grad_output @ weight if peaks.weight is None else float8.input_gradient(grad_output, weight, peaks)
 
 
 def weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor) -> Tensor | None:

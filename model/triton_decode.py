@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from model.triton_elementwise import _below
+from model.triton_elementwise import normal
 
 MOST_ROWS = 2
 """Rows that `product` takes; above, tensor cores are wanted."""
@@ -114,7 +114,8 @@ def _part(w, x, k, scale, mean, rstd, K: tl.constexpr, EVEN: tl.constexpr, NORM:
 def _finish(total, residual, y, row, m, M: tl.constexpr, ADD: tl.constexpr, GELU: tl.constexpr):
     out = tl.sum(total, 1)
     if GELU:
-        out *= _below(out)
+        below, _ = normal(out)
+        out *= below
     if ADD:
         out += tl.load(residual + row * M + m, mask=m < M, other=0.0).to(tl.float32)
     tl.store(y + row * M + m, out.to(y.dtype.element_ty), mask=m < M)

@@ -104,10 +104,13 @@ def float8_products(x: Tensor, w: Tensor, g: Tensor) -> dict[str, Callable[[], o
     """The products as the model makes them, rounding included, and the bare product in both ways of summing."""
     from model import float8
 
+    peaks = float8.Peaks.of(w)
+    known = peaks._replace(x=torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32))
     (a, a_scale), (b, b_scale) = float8.quantize(x, float8.E4M3), float8.quantize(w, float8.E4M3)
     calls: dict[str, Callable[[], object]] = {
-        "float8 forward": lambda: float8.product(x, w),
-        "float8 input gradient": lambda: float8.input_gradient(g, w),
+        "float8 forward": lambda: float8.product(x, w, peaks),
+        "float8 forward, both measured": lambda: float8.product(x, w, known),
+        "float8 input gradient": lambda: float8.input_gradient(g, w, peaks),
     }
     for fast in (True, False):
         calls[f"float8 bare, fast {fast}"] = lambda fast=fast: float8._scaled_product(

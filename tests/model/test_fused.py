@@ -108,13 +108,14 @@ def test_float8_products_are_near_exact_ones_and_scale_with_their_operands() -> 
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 64, generator=generator, dtype=torch.bfloat16) for n in (48, 32))
     gradient = torch.randn(48, 32, generator=generator, dtype=torch.bfloat16)
+    peaks = float8.Peaks.of(weight)
     for scale in (1e-4, 1.0, 1e4):
         for found, exact in [
-            (float8.product(x * scale, weight), (x * scale).double() @ weight.double().T),
-            (float8.input_gradient(gradient * scale, weight), (gradient * scale).double() @ weight.double()),
+            (float8.product(x * scale, weight, peaks), (x * scale).double() @ weight.double().T),
+            (float8.input_gradient(gradient * scale, weight, peaks), (gradient * scale).double() @ weight.double()),
         ]:
             assert (found.double() - exact).norm() / exact.norm() < 0.07
-    assert not float8.product(torch.zeros_like(x), weight).any()
+    assert not float8.product(torch.zeros_like(x), weight, peaks).any()
 
 
 def test_training_in_float8_follows_bfloat16() -> None:
