@@ -7,6 +7,7 @@ with it; its results are JSON lines, to the screen and to `--out`.
     check      the fused block, the heads' loss, attention and the optimizer against float64
     attention  milliseconds of each attention backend on the workload's documents
     matmul     TFLOP/s of each matrix product of a block
+    tune       each of these products by every kernel that cuBLASLt offers (when named)
     step       tokens/s of whole optimizer steps, with a breakdown by kind of kernel
     variants   the same for other settings, from fewer micro-batches
     losses     loss curves of float32 and of leaner masters, gradients, moments and products, side by side
@@ -33,10 +34,20 @@ from benchmarks.training.losses import compare_losses
 from benchmarks.training.peers import PEERS, time_peer
 from benchmarks.training.records import SIZES, records
 from benchmarks.training.steps import time_steps
+from benchmarks.training.tune import tune_products
 from benchmarks.training.variants import VARIANTS, time_variant
 from model.attention import BACKENDS
 
-LIMIT_S = {"check": 150, "attention": 100, "matmul": 50, "step": 210, "variants": 120, "losses": 120, "peers": 150}
+LIMIT_S = {
+    "check": 150,
+    "attention": 100,
+    "matmul": 50,
+    "tune": 150,
+    "step": 210,
+    "variants": 120,
+    "losses": 120,
+    "peers": 150,
+}
 
 
 def main() -> None:
@@ -93,6 +104,7 @@ def run_section(arguments: argparse.Namespace) -> None:
         "check": check,
         "attention": time_attention,
         "matmul": time_products,
+        "tune": tune_products,
         "step": time_steps,
         "variants": time_variant,
         "losses": compare_losses,
