@@ -90,6 +90,8 @@ class TransformerBlock(nn.Module):
         self.reordered = config.norm_placement == "reordered"
         self.recompute = "none"
         """What the fused block computes again in the backward pass: "none", "feed_forward" (its hidden layer), "all"."""
+        self.keep = "least"
+        """What of the rest it keeps: "least", and what norms and GELU put out is made again, or "all"."""
         self.float8 = False
         """Whether the fused block multiplies in float8 (`model.float8`)."""
 

@@ -74,6 +74,7 @@ def norm_backward(
     mean: Tensor,
     rstd: Tensor,
     grad_residual: Tensor,
+    output: Tensor | None = None,
     peak: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward pass of `norm`, joined with the gradient that goes around it.
@@ -81,22 +82,23 @@ def norm_backward(
     Args:
         grad_output: [T, D], gradient of the norm's output.
         grad_residual: [T, D], gradient of x that did not pass through the norm.
+        output: the norm's, if it was kept.
         peak: raised to the largest magnitude in the gradient of x.
 
     Returns:
-        Gradient of x [T, D], both parts; gradient of the weight [D], float32 at least; the norm's output once more, which
-        the next matrix product's weight gradient needs.
+        Gradient of x [T, D], both parts; gradient of the weight [D], float32 at least; the norm's output, made again if it
+        was not kept, which the next matrix product's weight gradient needs.
     """
     if has_kernels(x):
         from model import triton_elementwise
 
-        return triton_elementwise.norm_backward(grad_output, x, weight, mean, rstd, grad_residual, peak)
+        return triton_elementwise.norm_backward(grad_output, x, weight, mean, rstd, grad_residual, output, peak)
     grad, unit = _wide(grad_output), (_wide(x) - mean[:, None]) * rstd[:, None]
     grad_weight = (grad * unit).sum(0)
     scaled = grad * _wide(weight)
     grad_x = (scaled - scaled.mean(-1, keepdim=True) - unit * (scaled * unit).mean(-1, keepdim=True)) * rstd[:, None]
     grad_x = raise_(peak, (grad_x + _wide(grad_residual)).to(x.dtype))
-    return grad_x, grad_weight, (unit * _wide(weight)).to(x.dtype)
+    return grad_x, grad_weight, (unit * _wide(weight)).to(x.dtype) if output is None else output
 
 
 def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -141,18 +143,25 @@ def gelu(h: Tensor, peak: Tensor | None = None) -> Tensor:
     return raise_(peak, torch.nn.functional.gelu(h))
 
 
-def gelu_backward_(grad_output: Tensor, h: Tensor, peak: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Overwrite grad_output with the gradient of h, whose peak is meant, and h with gelu(h); returns both."""
+def gelu_backward_(
+    grad_output: Tensor, h: Tensor, output: Tensor | None = None, peak: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Overwrite grad_output with the gradient of h, whose peak is meant, and h with gelu(h) unless that output was kept.
+
+    Returns:
+        The gradient of h, and gelu(h).
+    """
     if has_kernels(h):
         from model import triton_elementwise
 
-        return triton_elementwise.gelu_backward_(grad_output, h, peak)
+        return triton_elementwise.gelu_backward_(grad_output, h, output, peak)
     wide = _wide(h)
     below = 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
     density = torch.exp(-0.5 * wide.square()) / math.sqrt(2 * math.pi)
     grad_output.copy_(_wide(grad_output) * (below + wide * density))
-    h.copy_(wide * below)
-    return raise_(peak, grad_output), h
+    if output is None:
+        output = h.copy_(wide * below)
+    return raise_(peak, grad_output), output
 
 
 def raise_(peak: Tensor | None, x: Tensor) -> Tensor:

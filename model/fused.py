@@ -6,7 +6,7 @@ products. Enters: x [T, D] and the block's weights. Leaves: the same as the plai
 - Elementwise work is joined to one pass over memory between two products (`model.elementwise`).
 - For the backward pass a token keeps 6 D + F numbers a block: x, q, k, v, attention's output, x after attention, and the
   hidden layer before GELU; with norms of queries and keys also what those and the rotation keep. What normalization and GELU
-  put out is made again from these, while it is in registers anyway.
+  put out is made again from these, while it is in registers anyway; or it is kept too, 8 D + 2 F, which saves writing it.
 - Weight gradients are added to float32 sums inside the products where the weights have such sums (`model.products`).
 
 Shapes: B rows, T tokens of all rows, D hidden, F feed-forward, N heads, H head size.
@@ -49,6 +49,12 @@ class _Kept(NamedTuple):
     """[T, F], before GELU; None where it is to be computed again."""
     peaks: list[Peaks]
     """Of the four products, with those of their weights alone."""
+    normed: Tensor | None = None
+    """[T, D], what the first norm put out; this and the next two are None where they are to be made again."""
+    middle_normed: Tensor | None = None
+    """[T, D]"""
+    active: Tensor | None = None
+    """[T, F], after GELU."""
 
 
 class BlockBackendError(RuntimeError):
@@ -100,12 +106,12 @@ def fused_block(x: Tensor, plan: AttentionPlan, block: TransformerBlock, cache: 
     )
     if cache is not None:
         return _run(x, plan, eps, num_heads, block.float8, weights, differentiate=False, cache=cache)[0]
-    return _FusedBlock.apply(x, plan, eps, num_heads, block.recompute, block.float8, *weights)
+    return _FusedBlock.apply(x, plan, eps, num_heads, block.recompute, block.keep, block.float8, *weights)
 
 
 class _FusedBlock(torch.autograd.Function):
-    """Inputs: see `fused_block`; `recompute` says what is not kept for the backward pass, `float8` what is multiplied in. The
-    last two weights are those of the norms of queries and keys, if there are any."""
+    """Inputs: see `fused_block`; `recompute` and `keep` say what is kept for the backward pass, `float8` what is multiplied
+    in. The last two weights are those of the norms of queries and keys, if there are any."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -115,17 +121,18 @@ class _FusedBlock(torch.autograd.Function):
         eps: float,
         num_heads: int,
         recompute: str,
+        keep: str,
         float8: bool,
         *weights: Tensor,
     ) -> Tensor:
         ctx.plan, ctx.eps, ctx.num_heads, ctx.recompute, ctx.float8 = plan, eps, num_heads, recompute, float8
         differentiate = any(ctx.needs_input_grad)
-        output, kept = _run(x, plan, eps, num_heads, float8, weights, differentiate=differentiate)
+        output, kept = _run(x, plan, eps, num_heads, float8, weights, differentiate=differentiate, keep=keep)
         ctx.save_for_backward(x, *weights)
         if recompute == "all" or not differentiate:
             kept = None
         elif recompute == "feed_forward" and kept is not None:
-            kept = kept._replace(wide=None)
+            kept = kept._replace(wide=None, middle_normed=None, active=None)
         # On the context rather than saved: none of it enters or leaves the function, and it is let go piece by piece.
         ctx.kept = kept
         return output
@@ -144,32 +151,32 @@ class _FusedBlock(torch.autograd.Function):
             _, kept = _run(x, ctx.plan, ctx.eps, ctx.num_heads, ctx.float8, weights, differentiate=True, output=False)
             assert kept is not None
         ctx.kept = None
-        mean, rstd, leaves, mixed, middle, middle_mean, middle_rstd, wide, all_peaks = kept
+        mean, rstd, leaves, mixed, middle, middle_mean, middle_rstd, wide, peaks, normed, middle_normed, active = kept
         del kept
-        qkv_peaks, output_peaks, in_peaks, out_peaks = all_peaks
+        qkv_peaks, output_peaks, in_peaks, out_peaks = peaks
         flat, grad = (part.contiguous().flatten(0, 1) for part in (x, grad_output))
 
         if wide is None:
-            normed = elementwise.norm_again(middle, middle_norm_weight, middle_mean, middle_rstd)
-            wide = products.product(normed, in_weight, in_peaks)
-            del normed
+            middle_normed = elementwise.norm_again(middle, middle_norm_weight, middle_mean, middle_rstd)
+            wide = products.product(middle_normed, in_weight, in_peaks)
         qkv_peaks, output_peaks, in_peaks = qkv_peaks.fresh(), output_peaks.fresh(), in_peaks.fresh()
         grad_wide, active = elementwise.gelu_backward_(
-            products.input_gradient(grad, out_weight, out_peaks), wide, in_peaks.x
+            products.input_gradient(grad, out_weight, out_peaks), wide, active, in_peaks.x
         )
         grad_out_weight = products.weight_gradient(out_weight, grad, active)
         del wide, active
-        grad_middle, grad_middle_norm, normed = elementwise.norm_backward(
+        grad_middle, grad_middle_norm, middle_normed = elementwise.norm_backward(
             products.input_gradient(grad_wide, in_weight, in_peaks),
             middle,
             middle_norm_weight,
             middle_mean,
             middle_rstd,
             grad,
+            middle_normed,
             output_peaks.x,
         )
-        grad_in_weight = products.weight_gradient(in_weight, grad_wide, normed)
-        del grad_wide, normed, middle
+        grad_in_weight = products.weight_gradient(in_weight, grad_wide, middle_normed)
+        del grad_wide, middle_normed, middle
 
         grad_mixed = products.input_gradient(grad_middle, output_weight, output_peaks)
         grad_output_weight = products.weight_gradient(output_weight, grad_middle, mixed.detach().reshape(flat.shape))
@@ -182,12 +189,18 @@ class _FusedBlock(torch.autograd.Function):
         ).view(flat.shape[0], -1)
         del grad_q, grad_k, grad_v
         grad_x, grad_norm, normed = elementwise.norm_backward(
-            products.input_gradient(grad_qkv, qkv_weight, qkv_peaks), flat, norm_weight, mean, rstd, grad_middle
+            products.input_gradient(grad_qkv, qkv_weight, qkv_peaks),
+            flat,
+            norm_weight,
+            mean,
+            rstd,
+            grad_middle,
+            normed,
         )
         grad_qkv_weight = products.weight_gradient(qkv_weight, grad_qkv, normed)
         return (
             grad_x.view(x.shape),
-            *(None,) * 5,
+            *(None,) * 6,
             products.vector_gradient(norm_weight, grad_norm),
             grad_qkv_weight,
             grad_output_weight,
@@ -207,6 +220,7 @@ def _run(
     weights: tuple[Tensor, ...] | list[Tensor],
     *,
     differentiate: bool,
+    keep: str = "least",
     output: bool = True,
     cache: LayerCache | None = None,
 ) -> tuple[Tensor, _Kept | None]:
@@ -216,8 +230,12 @@ def _run(
     flat = x.contiguous().flatten(0, 1)
     all_peaks = [Peaks.of(w) if float8 else EXACT for w in (qkv_weight, output_weight, in_weight, out_weight)]
     qkv_peaks, in_peaks, out_peaks = (all_peaks[i].fresh() for i in (0, 2, 3))
+    besides: dict[str, Tensor] = {}
+    keeps_all = differentiate and keep == "all"
     normed, mean, rstd = elementwise.norm(flat, norm_weight, eps, qkv_peaks.x)
     qkv = products.product(normed, qkv_weight, qkv_peaks).view(B * length, 3, num_heads, D // num_heads)
+    if keeps_all:
+        besides["normed"] = normed
     del normed
     cos, sin = _rotation(plan)
     if cos is not None and sin is not None and not head_norms:
@@ -231,16 +249,20 @@ def _run(
             k, v = cache.update(k, v, plan.positions)
         mixed = attend(q, k, v, plan)
     middle = products.product(mixed.detach().reshape(B * length, D), output_weight, all_peaks[1])
-    normed, middle_mean, middle_rstd = elementwise.add_norm_(middle, flat, middle_norm_weight, eps, in_peaks.x)
-    wide = products.product(normed, in_weight, in_peaks)
-    del normed
-    kept = (
-        _Kept(mean, rstd, leaves, mixed, middle, middle_mean, middle_rstd, wide, all_peaks) if differentiate else None
-    )
-    if not output:
-        return x, kept
-    result = products.product(elementwise.gelu(wide, out_peaks.x), out_weight, out_peaks)
-    return result.add_(middle).view(x.shape), kept
+    middle_normed, middle_mean, middle_rstd = elementwise.add_norm_(middle, flat, middle_norm_weight, eps, in_peaks.x)
+    wide = products.product(middle_normed, in_weight, in_peaks)
+    if keeps_all:
+        besides["middle_normed"] = middle_normed
+    del middle_normed
+    result = x
+    if output:
+        active = elementwise.gelu(wide, out_peaks.x)
+        if keeps_all:
+            besides["active"] = active
+        result = products.product(active, out_weight, out_peaks).add_(middle).view(x.shape)
+    if not differentiate:
+        return result, None
+    return result, _Kept(mean, rstd, leaves, mixed, middle, middle_mean, middle_rstd, wide, all_peaks, **besides)
 
 
 def _normed_heads(leaves: tuple[Tensor, ...], plan: AttentionPlan, eps: float) -> tuple[Tensor, Tensor, Tensor]:

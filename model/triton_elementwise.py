@@ -79,7 +79,7 @@ def norm(
 @triton.jit
 def _norm_backward_kernel(
     grad_output, x, weight, means, rstds, grad_residual, grad_x, output, grad_weights, peak, T, D,
-    ROWS: tl.constexpr, PEAK: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, AGAIN: tl.constexpr, PEAK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -102,7 +102,8 @@ def _norm_backward_kernel(
         along = tl.sum(scaled * unit, 0) / D
         grad = (scaled - tl.sum(scaled, 0) / D - unit * along) * rstd + around
         tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=here)
-        tl.store(output + at, (unit * scale).to(output.dtype.element_ty), mask=here)
+        if AGAIN:
+            tl.store(output + at, (unit * scale).to(output.dtype.element_ty), mask=here)
         largest = tl.maximum(largest, tl.where(here, _magnitude(grad, grad_x), 0))
     if PEAK:
         tl.atomic_max(peak, tl.max(largest, 0), sem="relaxed")
@@ -116,17 +117,19 @@ def norm_backward(
     means: Tensor,
     rstds: Tensor,
     grad_residual: Tensor,
+    output: Tensor | None,
     peak: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `model.elementwise.norm_backward`."""
     T, D = x.shape
     rows = triton.cdiv(T, _programs(x.device))
     programs = triton.cdiv(T, rows)
-    grad_x, output = torch.empty_like(x), torch.empty_like(x)
+    grad_x, again = torch.empty_like(x), output is None
+    output = torch.empty_like(x) if output is None else output
     grad_weights = torch.empty(programs, D, device=x.device, dtype=torch.float32)
     _norm_backward_kernel[(programs,)](
         grad_output, x, weight, means, rstds, grad_residual, grad_x, output, grad_weights, _bits(peak, means), T, D,
-        ROWS=rows, PEAK=peak is not None, BLOCK=triton.next_power_of_2(D), num_warps=_warps(D),
+        ROWS=rows, AGAIN=again, PEAK=peak is not None, BLOCK=triton.next_power_of_2(D), num_warps=_warps(D),
     )  # fmt: skip
     return grad_x, grad_weights.sum(0), output
 
@@ -238,7 +241,7 @@ def gelu(h: Tensor, output: Tensor | None = None, peak: Tensor | None = None) ->
 
 
 @triton.jit
-def _gelu_backward_kernel(grad, x, peak, size, PEAK: tl.constexpr, BLOCK: tl.constexpr):
+def _gelu_backward_kernel(grad, x, peak, size, AGAIN: tl.constexpr, PEAK: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < size
     values = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
@@ -246,17 +249,19 @@ def _gelu_backward_kernel(grad, x, peak, size, PEAK: tl.constexpr, BLOCK: tl.con
     below, density = normal(values)
     leaving = arriving * (below + values * density)
     tl.store(grad + at, leaving.to(grad.dtype.element_ty), mask=there)
-    tl.store(x + at, (values * below).to(x.dtype.element_ty), mask=there)
+    if AGAIN:
+        tl.store(x + at, (values * below).to(x.dtype.element_ty), mask=there)
     if PEAK:
         tl.atomic_max(peak, tl.max(_magnitude(leaving, grad), 0), sem="relaxed")
 
 
-def gelu_backward_(grad_output: Tensor, h: Tensor, peak: Tensor | None) -> tuple[Tensor, Tensor]:
+def gelu_backward_(grad_output: Tensor, h: Tensor, output: Tensor | None, peak: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `model.elementwise.gelu_backward_`; both are contiguous."""
     _gelu_backward_kernel[(triton.cdiv(h.numel(), _FLAT),)](
-        grad_output, h, _bits(peak, h), h.numel(), PEAK=peak is not None, BLOCK=_FLAT, num_warps=8
-    )
-    return grad_output, h
+        grad_output, h, _bits(peak, h), h.numel(),
+        AGAIN=output is None, PEAK=peak is not None, BLOCK=_FLAT, num_warps=8,
+    )  # fmt: skip
+    return grad_output, h if output is None else output
 
 
 @triton.jit

@@ -16,6 +16,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "float8", "precision": "float8"},
     {"name": "torch varlen attention", "attention": "varlen"},
     {"name": "micro-batch of 2 rows", "micro": "2"},
+    {"name": "micro-batch of 2 rows, all kept", "micro": "2", "keep": "all"},
+    {"name": "float8, micro-batch of 2 rows, all kept", "micro": "2", "keep": "all", "precision": "float8"},
     {"name": "cublaslt", "library": "cublaslt"},
     {"name": "feed_forward recomputed in every block", "recompute_every": 1, "recompute": "feed_forward"},
     {"name": "compiled plain blocks under FSDP2", "blocks": "torch", "compile": True, "micro": "1", "limit_s": 150},
@@ -43,7 +45,7 @@ def time_variant(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
         loss_chunk_tokens=4096,
     )  # fmt: skip
     say = lambda what, **values: record(arguments.out, "variants", what, **values)  # noqa: E731
-    passed = {key: option[key] for key in ("recompute_every", "recompute", "precision") if key in option}
+    passed = {key: option[key] for key in ("recompute_every", "recompute", "keep", "precision") if key in option}
     with trainer(config, compile_blocks=option.get("compile", False), **passed) as run:
         micro, _ = largest_micro_batch(arguments, config, run, say)
         if not micro:

@@ -139,6 +139,7 @@ def model_of(recipe: PretrainRecipe, config: UnifiedTransformerConfig, ranks: Ra
         compile_blocks=recipe.compile,
         masters=recipe.masters,
         recompute=recipe.recompute,
+        keep=recipe.keep,
         sharding=recipe.sharding,
     )
 
@@ -153,6 +154,7 @@ def build_model(
     compile_blocks: bool = False,
     masters: str = "parameters",
     recompute: str = "all",
+    keep: str = "least",
     sharding: ShardingSettings | None = None,
 ) -> ShardedTransformer:
     """A sharded, initialized model whose `loss` and `token_losses` may be called like `forward`.
@@ -164,6 +166,7 @@ def build_model(
         compile_blocks: compile each block.
         masters: "parameters" are fp32; or they are bf16, and the "optimizer" keeps the masters.
         recompute: what those blocks compute again, "all" or "feed_forward".
+        keep: what fused blocks keep of the rest, "least" or "all".
         sharding: how the model is spread over ranks; None is over all of them, with the defaults of a recipe.
 
     Raises:
@@ -183,6 +186,7 @@ def build_model(
             raise DeviceError(f"precision is 'float8', but {reason}; set it to 'bf16'")
     for number, block in enumerate(model.blocks):
         block.float8 = precision == "float8"  # type: ignore[assignment]
+        block.keep = keep  # type: ignore[assignment]
         if recompute_every and number % recompute_every == 0:
             block.recompute = recompute  # type: ignore[assignment]
         # Replacing `forward` of the instance, rather than wrapping the module, leaves parameter names alone and the

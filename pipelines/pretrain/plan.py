@@ -136,8 +136,11 @@ def _activations(
     D, F, L = config.hidden_size, config.ffn_hidden_size, config.num_layers
     # A plain block keeps besides what LayerNorm and GELU put out, and queries and keys as they were before rotation.
     numbers = (6 + 2 * config.qk_norm) * D + F if fused else 10 * D + 2 * F
-    whole = numbers * compute + 4 * config.num_attention_heads
-    kept = {"all": D * compute, "feed_forward": whole - F * compute}[recipe.recompute]
+    outputs = 2 * D + F if fused and recipe.keep == "all" else 0
+    statistics = 4 * config.num_attention_heads
+    whole = (numbers + outputs) * compute + statistics
+    without_wide = (numbers - F + (D if outputs else 0)) * compute + statistics
+    kept = {"all": D * compute, "feed_forward": without_wide}[recipe.recompute]
     recomputing = len(_recomputing(recipe, config))
     # While one block is computed again, it holds all that it did not keep.
     again = (whole - kept) if recomputing else 0

@@ -205,6 +205,9 @@ class PretrainRecipe(Settings):
     40% of what a block keeps and a ninth of its work. The latter needs fused blocks."""
     recompute_every: int = Field(default=0, ge=0)
     """Activation checkpointing: every n-th block is computed again in the backward pass. 0 is none, 1 all."""
+    keep: Literal["least", "all"] = "least"
+    """What fused blocks keep for the backward pass, unless it is computed again: what their products put out, from which the
+    rest is made (6 D + F numbers a token and block, D hidden, F feed-forward), or all (8 D + 2 F), a little faster."""
     compile: bool = False
     """Compile each block with `torch.compile`."""
     gradient_clip: float = Field(default=1.0, gt=0)

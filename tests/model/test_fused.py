@@ -29,16 +29,21 @@ def pair(**changes: Any) -> tuple[UnifiedTransformer, UnifiedTransformer]:
     return plain, fused
 
 
-@pytest.mark.parametrize("recompute", ["none", "feed_forward", "all"])
+@pytest.mark.parametrize(
+    ("recompute", "keep"),
+    [("none", "least"), ("none", "all"), ("feed_forward", "least"), ("feed_forward", "all"), ("all", "least")],
+)
 @pytest.mark.parametrize(
     "changes",
     [{}, {"use_rope": False}, {"tie_text_embeddings": False}, {"qk_norm": True}, {"qk_norm": True, "use_rope": False}],
     ids=str,
 )
-def test_fused_blocks_have_the_loss_and_gradients_of_plain_ones(changes: dict[str, Any], recompute: str) -> None:
+def test_fused_blocks_have_the_loss_and_gradients_of_plain_ones(
+    changes: dict[str, Any], recompute: str, keep: str
+) -> None:
     plain, fused = pair(**changes)
     for block in fused.blocks:
-        block.recompute = recompute  # type: ignore[assignment]
+        block.recompute, block.keep = recompute, keep  # type: ignore[assignment]
     batch = PackedBatch.from_sequences(random_rows(ROWS), length=17)
     expected, found = gradients(plain, batch), gradients(fused, batch)
     assert (plain.block_backend, fused.block_backend) == ("torch", "fused")

@@ -50,10 +50,12 @@ def test_norm_its_sum_with_a_residual_and_its_backward_pass() -> None:
         assert_near(one, other)
     assert peak == found[0].abs().max()
     arguments, peak = (grad, total, weight, found[1], found[2], around), zero()
-    backward = triton_elementwise.norm_backward(*arguments, peak)
+    backward = triton_elementwise.norm_backward(*arguments, None, peak)
     for one, other in zip(backward, elementwise.norm_backward(*double(*arguments)), strict=True):
         assert_near(one, other)
     assert peak == backward[0].abs().max()
+    kept = randn(T, D)
+    assert triton_elementwise.norm_backward(*arguments, kept, None)[2] is kept
 
 
 def test_rotation_and_its_backward_pass() -> None:
@@ -74,9 +76,18 @@ def test_gelu_and_its_backward_pass() -> None:
     assert_near(active, elementwise.gelu(*double(h)))
     assert peak == active.abs().max()
     right, peak = elementwise.gelu_backward_(*double(grad, h)), zero()
-    for one, other in zip(triton_elementwise.gelu_backward_(grad, h, peak), right, strict=True):
+    for one, other in zip(triton_elementwise.gelu_backward_(grad, h, None, peak), right, strict=True):
         assert_near(one, other)
     assert peak == grad.abs().max()
+
+
+def test_what_was_kept_is_not_made_again() -> None:
+    h, grad, kept = randn(T, D), randn(T, D), randn(T, D)
+    before, right = torch.stack((h, kept)), elementwise.gelu_backward_(*double(grad, h))[0]
+    found, output = triton_elementwise.gelu_backward_(grad, h, kept, None)
+    assert_near(found, right)
+    assert output is kept
+    assert torch.equal(torch.stack((h, kept)), before)
 
 
 def test_the_normal_distribution_is_within_2e_7_far_out_too() -> None:

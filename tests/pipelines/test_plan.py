@@ -35,6 +35,7 @@ def test_recomputation_and_more_gpus_save_memory() -> None:
         for changes in ((), ("recompute_every=1", "recompute=feed_forward"), ("recompute_every=1",))
     )
     assert whole > part > every
+    assert planned("pretrain/8b", "keep=all")[0].memory_gib > whole
     assert planned("pretrain/8b", gpus=8)[0].memory_gib < whole
 
 
