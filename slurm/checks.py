@@ -15,16 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slurm.commands import SlurmError, fields, require, run
+from slurm.records import ENDED_BADLY, accounts, queue
 from slurm.settings import ClusterRecipe, NodeGroup, minutes
 
 _LOCAL = {"tmpfs", "ramfs", "overlay", "devtmpfs"}
 """File systems that no second machine can see."""
-
-
-ENDED_BADLY = frozenset(
-    {"BOOT_FAIL", "CANCELLED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT"}
-)
-"""States of jobs that nothing that depends on them comes after."""
 
 
 class SubmissionError(ValueError):
@@ -80,19 +75,9 @@ def check_dependencies(jobs: Iterable[str]) -> None:
 
 def _states(job: str) -> set[str]:
     """Of a job, or of the jobs of an array; of one that was queued again only the newest."""
-    try:
-        if found := run("squeue", "-h", "-a", "-r", "-t", "all", "-j", job, "-o", "%T").split():
-            return set(found)
-    except SlurmError as error:
-        if "Invalid job id" not in str(error):
-            raise
-    try:
-        lines = run("sacct", "-X", "-n", "-P", "-j", job, "--format=State").splitlines()
-    except SlurmError as error:
-        if "accounting storage is disabled" not in str(error):
-            raise
-        return set()
-    return {line.partition(" ")[0] for line in lines}
+    if live := queue(("-j", job)):
+        return {record["state"] for record in live.values()}
+    return {starts[-1]["state"] for starts in accounts(("-j", job)).values()}
 
 
 def check_script(script: Path) -> None:

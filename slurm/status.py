@@ -11,7 +11,6 @@ import getpass
 import json
 import re
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -19,21 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from slurm import causes
-from slurm.commands import SlurmError, run
+from slurm.commands import SlurmError
+from slurm.records import ACTIVE, NOWHERE, RUNS, WAITS, Record, accounts, queue
 from slurm.submission import read_job
-
-_WAITS = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"}
-_RUNS = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"}
-ACTIVE = frozenset(_WAITS | _RUNS)
-"""States that a job may leave by itself."""
 
 LAG_S = 60.0
 """For so long after its submission a job that nobody knows is taken for one that nobody knows yet."""
-
-_NOWHERE = ("", "None assigned")
-
-_QUEUE = "%i|%T|%r|%N|%V|%S|%e|%l|%j|%Z"
-_ACCOUNT = "JobID,State,Reason,NodeList,Submit,Start,End,Timelimit,JobName,ExitCode,WorkDir"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +97,7 @@ def status(job_id: str, folder: Path | None = None) -> JobStatus:
     Raises:
         SlurmError: there is no such job, or SLURM does not answer.
     """
-    found = _statuses(_queue(("-j", job_id)), _accounts(("-j", job_id)))
+    found = _statuses(queue(("-j", job_id)), accounts(("-j", job_id)))
     of_array = [s.id for s in found if s.id.startswith(f"{job_id}_")]
     found = [s for s in found if s.id == job_id and (folder is None or s.folder == folder)]
     if found:
@@ -125,67 +115,13 @@ def list_jobs(days: float = 7.0, user: str | None = None) -> list[JobStatus]:
     """Jobs of Braid that a user submitted or that ran in the last days, oldest first."""
     who = user or getpass.getuser()
     since = datetime.fromtimestamp(time.time() - days * 86400).strftime("%Y-%m-%dT%H:%M:%S")
-    return sorted(_statuses(_queue(("-u", who)), _accounts(("-u", who, "-S", since))), key=lambda s: s.submitted or 0.0)
+    return sorted(_statuses(queue(("-u", who)), accounts(("-u", who, "-S", since))), key=lambda s: s.submitted or 0.0)
 
 
-_Record = Mapping[str, str]
-
-
-def _queue(choice: Iterable[str]) -> dict[str, _Record]:
-    """What the controller knows, by id: jobs that wait, run, or ended minutes ago."""
-    keys = ("id", "state", "reason", "nodes", "submitted", "started", "ended", "limit", "name", "folder")
-    try:
-        lines = run("squeue", "-h", "-a", "-r", "-t", "all", "-o", _QUEUE, *choice).splitlines()
-    except SlurmError as error:
-        if "Invalid job id" in str(error):
-            return {}
-        raise
-    found: dict[str, dict[str, str]] = {}
-    for record in (dict(zip(keys, line.split("|", len(keys) - 1), strict=True)) for line in lines):
-        # Of nodes of several kinds each has a record; the job is the one of the first.
-        record["id"], _, group = record["id"].partition("+")
-        if group in ("", "0"):
-            found[record["id"]] = record
-        elif record["id"] in found and record["nodes"] not in _NOWHERE:
-            found[record["id"]]["nodes"] += f",{record['nodes']}"
-    return dict(found)
-
-
-def _accounts(choice: Iterable[str]) -> dict[str, list[_Record]]:
-    """What the accounting knows: for each id a record for each start."""
-    keys = ("id", "state", "reason", "nodes", "submitted", "started", "ended", "limit", "name", "code", "folder")
-    try:
-        lines = run("sacct", "-X", "-D", "-P", "-n", f"--format={_ACCOUNT}", *choice).splitlines()
-    except SlurmError as error:
-        if "accounting storage is disabled" in str(error):
-            return {}
-        raise
-    found: dict[str, list[dict[str, str]]] = defaultdict(list)
-    others: dict[tuple[str, str], list[str]] = defaultdict(list)
-    """Of nodes of several kinds: where the others were in each start."""
-    for line in lines:
-        record = dict(zip(keys, line.split("|", len(keys) - 1), strict=True))
-        if "[" in record["id"]:
-            # Those of an array that have not started; the queue names them one by one.
-            continue
-        record["state"] = record["state"].partition(" ")[0]
-        record["id"], _, group = record["id"].partition("+")
-        if group in ("", "0"):
-            found[record["id"]].append(record)
-        else:
-            others[record["id"], group].append(record["nodes"])
-    for (job_id, _), lists in sorted(others.items()):
-        for record, nodes in zip(found.get(job_id, ()), lists, strict=False):
-            if nodes not in _NOWHERE and record["nodes"] not in _NOWHERE:
-                record["nodes"] += f",{nodes}"
-    return {job_id: list[_Record](records) for job_id, records in found.items()}
-
-
-def _statuses(queue: Mapping[str, _Record], accounts: Mapping[str, list[_Record]]) -> list[JobStatus]:
-    ids = dict.fromkeys([*accounts, *queue])
+def _statuses(known: Mapping[str, Record], accounted: Mapping[str, list[Record]]) -> list[JobStatus]:
     made = []
-    for job_id in ids:
-        past, live = list(accounts.get(job_id, ())), queue.get(job_id)
+    for job_id in dict.fromkeys([*accounted, *known]):
+        past, live = list(accounted.get(job_id, ())), known.get(job_id)
         newest = live or past[-1]
         folder = Path(newest["folder"])
         if read_job(folder) is None:
@@ -196,7 +132,7 @@ def _statuses(queue: Mapping[str, _Record], accounts: Mapping[str, list[_Record]
     return made
 
 
-def _status(job_id: str, folder: Path, live: _Record | None, past: list[_Record]) -> JobStatus:
+def _status(job_id: str, folder: Path, live: Record | None, past: list[Record]) -> JobStatus:
     newest = live or past[-1]
     state = newest["state"]
     if live is None and state in ACTIVE:
@@ -209,7 +145,7 @@ def _status(job_id: str, folder: Path, live: _Record | None, past: list[_Record]
         state=state,
         source="controller" if live else "accounting",
         why="",
-        nodes="" if newest["nodes"] in _NOWHERE else newest["nodes"],
+        nodes="" if newest["nodes"] in NOWHERE else newest["nodes"],
         submitted=_time(past[0]["submitted"] if past else newest["submitted"]),
         started=_time(newest["started"]) if state != "PENDING" else None,
         ended=_time(newest["ended"]) if state not in ACTIVE else None,
@@ -218,7 +154,7 @@ def _status(job_id: str, folder: Path, live: _Record | None, past: list[_Record]
         folder=folder,
         attempts=attempts,
     )
-    if state in _WAITS:
+    if state in WAITS:
         return replace(made, why=causes.of_waiting(newest["reason"]))
     if made.active or made.succeeded:
         return made
@@ -226,13 +162,13 @@ def _status(job_id: str, folder: Path, live: _Record | None, past: list[_Record]
     return replace(made, why=ended)
 
 
-def _attempts(job_id: str, folder: Path, live: _Record | None, past: list[_Record]) -> tuple[Attempt, ...]:
+def _attempts(job_id: str, folder: Path, live: Record | None, past: list[Record]) -> tuple[Attempt, ...]:
     """Every start, from the accounting and from what the tasks and the script have left."""
     numbers = [
         int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(rf"attempt-{re.escape(job_id)}-(\d+)\.json", p.name))
     ]
     started = _starts(past)
-    if live and live["state"] not in _WAITS and live["nodes"] not in _NOWHERE:
+    if live and live["state"] not in WAITS and live["nodes"] not in NOWHERE:
         since = _time(live["started"])
         if not started or since is None or since > (_time(started[-1]["started"]) or 0.0) + 1:
             # The accounting has not heard of this start.
@@ -243,8 +179,8 @@ def _attempts(job_id: str, folder: Path, live: _Record | None, past: list[_Recor
         state = record.get("state", "UNKNOWN")
         if live and number == len(started) - 1:
             # Nor has it of its end, perhaps.
-            state = live["state"] if live["state"] not in _WAITS else "REQUEUED" if state in _RUNS else state
-        elif state in _RUNS:
+            state = live["state"] if live["state"] not in WAITS else "REQUEUED" if state in RUNS else state
+        elif state in RUNS:
             state = "REQUEUED"
         left = _read(folder / f"attempt-{job_id}-{number}.json")
         made.append(
@@ -253,21 +189,21 @@ def _attempts(job_id: str, folder: Path, live: _Record | None, past: list[_Recor
                 state=state,
                 nodes=record.get("nodes") or str(left.get("nodes", "")),
                 started=_time(record.get("started", "")) or left.get("started"),
-                ended=None if state in _RUNS else _time(record.get("ended", "")),
+                ended=None if state in RUNS else _time(record.get("ended", "")),
                 why=""
-                if state in _RUNS or state == "COMPLETED"
+                if state in RUNS or state == "COMPLETED"
                 else causes.of_an_end(folder, f"{job_id}-{number}", state),
             )
         )
     return tuple(made)
 
 
-def _starts(past: Iterable[_Record]) -> list[_Record]:
+def _starts(past: Iterable[Record]) -> list[Record]:
     """The records of starts; what follows on a RESIZING one is the same start, with the nodes that it has left."""
-    found: list[_Record] = []
-    resized: _Record | None = None
+    found: list[Record] = []
+    resized: Record | None = None
     for record in past:
-        if _time(record["started"]) is None or record["nodes"] in _NOWHERE:
+        if _time(record["started"]) is None or record["nodes"] in NOWHERE:
             # It waited, or was cancelled while it did.
             continue
         if resized:
