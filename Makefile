@@ -44,7 +44,7 @@ lint: venv  ## style
 types: venv  ## types
 	@$(BIN)/mypy
 
-check: test lint types  ## what CI runs first
+check: test lint types  ## default tests, style, types
 
 clean:  ## remove what the other targets made, the venv too
 	rm -rf $(VENV) $(DEMO) .pytest_cache .ruff_cache .mypy_cache .hypothesis

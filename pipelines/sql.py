@@ -51,7 +51,7 @@ def ask(dataset: Dataset, query: str) -> pa.RecordBatchReader:
     try:
         import duckdb
     except ImportError as error:
-        raise SqlError("braid sql needs DuckDB, which is not installed; run: pip install 'braid-lm[sql]'") from error
+        raise SqlError("braid sql needs DuckDB, which is not installed; run: pip install 'duckdb>=2'") from error
     connection = duckdb.connect()
     for name, table in _tables(dataset).items():
         connection.register(name, table)

@@ -25,7 +25,7 @@ def evaluate(
     generate: Annotated[
         bool, typer.Option("--generate/--no-generate", help="Let it draw, speak and write, too.")
     ] = True,
-    samples: Annotated[int, typer.Option(min=2, help="What it is asked for in each direction.")] = 12,
+    samples: Annotated[int, typer.Option(min=2, help="Samples to generate in each direction.")] = 12,
     temperature: Annotated[float, typer.Option(help="Of generated pictures and sounds.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Of generated pictures and sounds: keep the k likeliest.")] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance of generated pictures and sounds.")] = 1.0,

@@ -32,7 +32,7 @@ def list_(run: Run, as_json: AsJson = False) -> None:
 def verify(
     where: Annotated[Path, typer.Argument(help="Folder of a run, for all of its checkpoints, or of one checkpoint.")],
 ) -> None:
-    """Read every byte of checkpoints and compare it with its checksum; ends with 1 if one is damaged."""
+    """Read every byte of checkpoints and compare it with its checksum; exit code 1 if any is damaged."""
     from pipelines.pretrain.checkpoint import CheckpointError, verify_checkpoint
     from pipelines.pretrain.inventory import checkpoints_below
 

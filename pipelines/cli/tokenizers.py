@@ -39,7 +39,7 @@ def _pass_on(kind: str, context: typer.Context) -> None:
 
 @train_app.command("text")
 def train_text(
-    data: Annotated[list[Path], typer.Option(help="A .txt or .jsonl file, or a folder of them; may be given often.")],
+    data: Annotated[list[Path], typer.Option(help="A .txt or .jsonl file, or a folder of them; may be repeated.")],
     folder: Folder,
     pieces: Annotated[int, typer.Option(min=2, help="Size of the vocabulary.")] = 32_000,
     max_mb: Annotated[
@@ -81,8 +81,8 @@ def convert(
 ) -> None:
     """Turn a released checkpoint into a tokenizer of Braid.
 
-    Known are VQGANs of taming-transformers (model.yaml and last.ckpt, also Gumbel), EnCodec's .th files, and Hugging Face's
-    EncodecModel. Pickles are read without running code of theirs.
+    Supports VQGANs of taming-transformers (model.yaml and last.ckpt, also Gumbel), EnCodec's .th files, and Hugging Face's
+    EncodecModel. Pickles are read without executing any code in them.
     """
     from pipelines.tokenizers.convert import convert as run
 

@@ -32,7 +32,7 @@ def pretrain(
         float | None, typer.Option(min=0.001, help="With --dry-run, here: what one of them reaches on large products.")
     ] = None,
 ) -> None:
-    """Train a model on a token dataset; the same command goes on after a stop, from the last checkpoint.
+    """Train a model on a token dataset; repeat the command to resume from the last checkpoint.
 
     On several GPUs of one machine: torchrun --nproc-per-node N -m pipelines.cli pretrain RECIPE. On a cluster: --on slurm.
     """
@@ -76,7 +76,7 @@ def pretrain(
 def generate(
     context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or the folder of an exported model.")],
-    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue.")] = None,
     want: Annotated[list[str] | None, typer.Option(help="text, image or audio; may be given several times.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where the files go.")] = Path("generated"),
     image: Annotated[list[Path] | None, typer.Option(help="A picture as prompt.")] = None,

@@ -2,7 +2,7 @@
 
     from pipelines.evaluate import evaluate
 
-    evaluate("runs/demo", "data/animals").figures["modalities"]["image"]["loss"]
+    evaluate("demo/run", "data/animals").figures["modalities"]["image"]["loss"]
 
 Reading order: `documents` (what is evaluated), `scoring` (what the model says of each token), `tally`, `calibration` and
 `positions` (sums), `figures` (what is told of them), `pairs` and `gain` (two modalities that say the same), `generation` and

@@ -2,7 +2,7 @@
 
     from pipelines.generate import Generator, Request, Sampling, generate
 
-    generate("runs/demo", prompt="a red apple", want="image", out="apples", samples=4)
+    generate("demo/run", prompt="a red apple", want="image", out="apples", samples=4)
 
 Reading order: `request` (what is asked), `prompt` (what stands before it), `continuation` (what may come next),
 `decoding` (the loop), `choosing` and `sampling` (one token), `streaming` (text as it comes),

@@ -38,7 +38,7 @@ def require_boards(settings: LoggingSettings) -> None:
     """
     if settings.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise RunError(
-            f"logging.wandb is {settings.wandb!r}, but the package wandb is not installed; pip install 'braid-lm[wandb]', or "
+            f"logging.wandb is {settings.wandb!r}, but the package wandb is not installed; pip install 'wandb>=0.22', or "
             "set logging.wandb to 'off'"
         )
 

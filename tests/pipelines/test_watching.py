@@ -97,7 +97,7 @@ def test_wandb_where_it_is_not_installed_is_refused_before_any_work(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find(name, *more))
     recipe = run_recipe(dataset, tmp_path / "run", logging={"wandb": "offline"})
-    with pytest.raises(RunError, match=r"package wandb is not installed; pip install 'braid-lm\[wandb\]', or set"):
+    with pytest.raises(RunError, match=r"package wandb is not installed; pip install 'wandb>=0.22', or set"):
         trained(recipe)
     assert not (tmp_path / "run").exists()
 
