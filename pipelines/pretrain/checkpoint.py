@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -158,21 +158,17 @@ def _finish(partial: Path, final: Path, checkpoint: Checkpoint, sums: dict[str, 
     sync(final.parent)
 
 
-def prune_checkpoints(
-    folder: Path, keep: int, ranks: Ranks, keep_every: int | None = None, protected: int | None = None
-) -> None:
+def prune_checkpoints(folder: Path, keep: int, keep_every: int | None = None, protected: Collection[int] = ()) -> None:
     """Delete all but the newest checkpoints, and what runs that died while saving or deleting have left.
 
     Args:
         keep_every: keep those of steps that this divides, too.
-        protected: keep that of this step, too.
+        protected: keep those of these steps, too.
     """
-    if not ranks.first:
-        return
     for rest in folder.glob(".step-*"):
         shutil.rmtree(rest)
     for path in list_checkpoints(folder)[:-keep]:
-        if step_of(path) != protected and not (keep_every and step_of(path) % keep_every == 0):
+        if step_of(path) not in protected and not (keep_every and step_of(path) % keep_every == 0):
             _delete(path)
 
 

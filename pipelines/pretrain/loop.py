@@ -35,7 +35,7 @@ from pipelines.pretrain.initialization import share_codebook_directions
 from pipelines.pretrain.interruption import Interruption, lost_ranks
 from pipelines.pretrain.metrics import SAVE, Metrics
 from pipelines.pretrain.mfu import peak_of
-from pipelines.pretrain.mirror import Mirror, restore
+from pipelines.pretrain.mirror import Copying, Mirror, restore
 from pipelines.pretrain.optimizer import make_optimizer, set_learning_rate
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer, join_ranks, model_of
 from pipelines.pretrain.plan import make_plan
@@ -107,17 +107,20 @@ def _train(
     weights = recipe.loss_weights.model_dump()
     datasets = Datasets(loader.names)
     metrics = _metrics(recipe, model, start, datasets, ranks, console)
-    written = _exporter(recipe, data) if recipe.checkpoints.export else None
-    if recipe.checkpoints.mirror:
-        written = _mirrored(recipe, metrics.say, written)
+    copying = Copying(Mirror.of(recipe, metrics.say) if ranks.first else None, recipe.checkpoints.keep)
     goes_back = recipe.faults.spikes == "roll_back"
+
+    def protected(step: int) -> set[int]:
+        """What a spike would go back to, and what is not copied yet."""
+        return copying.steps | ({target_of(recipe, step + 1)} if goes_back else set())
+
     saver = Saver(
         folder / "checkpoints",
         recipe.checkpoints,
         ranks,
         metrics.say,
-        written,
-        protected=lambda step: target_of(recipe, step + 1) if goes_back else None,
+        ({"exported": _exporter(recipe, data)} if recipe.checkpoints.export else {}) | {"mirrored": copying.add},
+        protected,
     )
     roll_back = RollBack(
         recipe,
@@ -126,6 +129,7 @@ def _train(
         optimizer=optimizer,
         guard=guard,
         saver=saver,
+        copying=copying,
         metrics=metrics,
         ranks=ranks,
     )
@@ -194,11 +198,14 @@ def _train(
                     waited = saver.save(state, model, optimizer)
                     if interrupted:
                         saver.wait(last=True)
+                        copying.settle(ranks, watchdog.alive)
                 paused, waited = ranks.largest(pause.seconds, waited)
                 metrics.write(SAVE, step, {"pause_s": paused, "waited_s": waited})
                 watchdog.alive()
             if interrupted and step < total:
                 interruption.stop(step)
+        saver.wait(last=True)
+        copying.settle(ranks, watchdog.alive)
     if validation is None and validator.targets:
         # The run was stopped between its last checkpoint and its end.
         validation = validator.evaluate(model)
@@ -318,21 +325,6 @@ def _opening(recipe: PretrainRecipe, loader: Loader, model: ShardedTransformer, 
                 f"{index.dataset.uri} version {index.dataset.version}{without}"
             )
     return "\n".join(lines)
-
-
-def _mirrored(
-    recipe: PretrainRecipe, say: Callable[[str], None], before: Callable[[Path], None] | None
-) -> Callable[[Path], None]:
-    """Copies a checkpoint elsewhere, and does what else is due before."""
-    mirror = Mirror.of(recipe, say)
-    assert mirror
-
-    def written(checkpoint: Path) -> None:
-        if before:
-            before(checkpoint)
-        mirror.put(checkpoint)
-
-    return written
 
 
 def _exporter(recipe: PretrainRecipe, data: RunData) -> Callable[[Path], None]:

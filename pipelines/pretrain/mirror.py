@@ -5,14 +5,17 @@
 
 Enters: whole checkpoints of the run folder, as they are written. Leaves: the newest of them in a run folder that has none.
 Always holds: what has no `checkpoint.json` is no checkpoint, for it is written last and deleted first; the run folder is
-where a run goes on, and the mirror is only read where that folder holds nothing; what comes back is verified like any other.
+where a run goes on, and the mirror is only read where that folder holds nothing; what comes back is verified like any other;
+training waits for a mirror that is slow at its end alone, or when it goes back.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch.distributed as dist
@@ -56,7 +59,7 @@ class Mirror:
         try:
             self._put(checkpoint)
             self._prune(step_of(checkpoint))
-        except (TransientError, StoreError, DiskFullError) as error:
+        except (TransientError, StoreError, DiskFullError, OSError) as error:
             self._say(f"NOT MIRRORED: {checkpoint.name}: {error}. The checkpoint is whole in {checkpoint.parent}.")
 
     def steps(self) -> list[int]:
@@ -130,6 +133,71 @@ class Mirror:
                 shutil.copyfileobj(source, copy, _CHUNK)
             sync(partial)
             partial.replace(target)
+
+
+class Copying:
+    """Copies checkpoints while training goes on, on a thread of its own; without a mirror it does nothing."""
+
+    def __init__(self, mirror: Mirror | None, most: int) -> None:
+        """
+        Args:
+            most: how many may wait; where the mirror is slower than the saves, the oldest are left out.
+        """
+        self._mirror, self._most = mirror, most
+        self._lock = threading.Lock()
+        self._waiting: list[Path] = []
+        self._now: Path | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="braid-mirror")
+        self._work: Future[None] | None = None
+
+    def add(self, checkpoint: Path) -> None:
+        """Copy this one when those before it are copied."""
+        if self._mirror is None:
+            return
+        with self._lock:
+            self._waiting = [*self._waiting, checkpoint][-self._most :]
+            if self._now is not None:
+                return
+            if self._work is not None:
+                self._work.result()
+            self._now = self._waiting.pop(0)
+            self._work = self._thread.submit(self._copy, self._mirror)
+
+    @property
+    def steps(self) -> set[int]:
+        """Of the checkpoints that must not be deleted yet."""
+        with self._lock:
+            return {step_of(path) for path in (*self._waiting, self._now) if path is not None}
+
+    def settle(self, ranks: Ranks, alive: Callable[[], None] = lambda: None) -> None:
+        """Wait until all is copied; every rank must call it, for none may wait for another longer than a moment.
+
+        Args:
+            alive: called now and then meanwhile.
+        """
+        while ranks.largest(float(self._busy(for_s=1.0)))[0]:
+            alive()
+
+    def _busy(self, for_s: float) -> bool:
+        """Whether copying goes on after so long."""
+        if self._work is not None:
+            wait((self._work,), for_s)
+            if not self._work.done():
+                return True
+            self._work.result()
+            self._work = None
+        return False
+
+    def _copy(self, mirror: Mirror) -> None:
+        try:
+            while (path := self._now) is not None:
+                mirror.put(path)
+                with self._lock:
+                    self._now = self._waiting.pop(0) if self._waiting else None
+        except BaseException:
+            with self._lock:
+                self._now = None
+            raise
 
 
 def restore(recipe: PretrainRecipe, ranks: Ranks, console: Console) -> None:

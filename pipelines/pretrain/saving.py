@@ -3,13 +3,13 @@
 Enters: a `Checkpoint`, model and optimizer, at a step boundary. Leaves: a checkpoint, some steps later; on request its
 weights as a model of its own. Always holds: training waits only while weights and moments are copied to host memory, and
 for the checkpoint before where that is still being written; one checkpoint is written at a time; what could not be written is
-said, and ends the run when it happens twice in a row.
+said, and ends the run when it happens twice in a row or at the end; what fails when a checkpoint is whole is only said.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from pipelines.pretrain.checkpoint import (
     SaveError,
     prune_checkpoints,
     state_of,
+    step_of,
     write_checkpoint,
 )
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer
@@ -40,15 +41,15 @@ class Saver:
         settings: CheckpointSettings,
         ranks: Ranks,
         say: Callable[[str], None],
-        after: Callable[[Path], None] | None = None,
-        protected: Callable[[int], int | None] = lambda step: None,
+        after: Mapping[str, Callable[[Path], None]],
+        protected: Callable[[int], Collection[int]] = lambda step: (),
     ) -> None:
         """
         Args:
             folder: of the checkpoints.
             say: tells people what went wrong; called on the first rank.
-            after: called on the first rank with each finished checkpoint, off the critical path.
-            protected: which step's checkpoint must stay when that of a step was written.
+            after: what is done on the first rank with each finished checkpoint, off the critical path; by the word for it.
+            protected: which steps' checkpoints must stay when that of a step was written.
         """
         self._folder, self._settings, self._ranks = folder, settings, ranks
         self._say, self._after, self._protected = say, after, protected
@@ -58,7 +59,8 @@ class Saver:
         self._staging = Staging(ranks.device, page_locked=ranks.device.type == "cuda" and settings.asynchronous)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="braid-saver")
         self._running: Future[Path] | None = None
-        self._failed = 0
+        self._failed: list[DiskFullError | SaveError] = []
+        """Why the last checkpoints could not be saved; none if the last one could."""
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +92,7 @@ class Saver:
         size, fault = 0, ""
         try:
             size = self._staging.lock(state_of(model, optimizer))
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             fault = f"rank {self._ranks.rank}: {error}"
         outcomes: list[Any] = [None] * self._ranks.world_size
         dist.all_gather_object(outcomes, (size, fault), group=self._group)
@@ -131,23 +133,27 @@ class Saver:
         Args:
             last: nothing will be saved after it, so that a failure ends the run at once.
         """
-        if self._running is None:
-            return
-        running, self._running = self._running, None
-        try:
-            running.result()
-            self._failed = 0
-        except (DiskFullError, SaveError) as error:
-            self._failed += 1
-            if last or self._failed > 1:
-                raise
-            if self._ranks.first:
-                self._say(f"NOT SAVED: {error}. The run goes on, and stops if the next one cannot be saved either.")
+        if self._running is not None:
+            running, self._running = self._running, None
+            try:
+                running.result()
+                self._failed.clear()
+            except (DiskFullError, SaveError) as error:
+                self._failed.append(error)
+                if self._ranks.first and len(self._failed) == 1 and not last:
+                    self._say(f"NOT SAVED: {error}. The run goes on, and stops if the next one cannot be saved either.")
+        if len(self._failed) > 1 or (last and self._failed):
+            raise self._failed[-1]
 
     def _write(self, checkpoint: Checkpoint, staged: dict[str, Any]) -> Path:
         path = write_checkpoint(self._folder, checkpoint, staged, self._ranks, self._group)
-        protected = self._protected(checkpoint.step)
-        prune_checkpoints(self._folder, self._settings.keep, self._ranks, self._settings.keep_every, protected)
-        if self._after is not None and self._ranks.first:
-            self._after(path)
+        for what, work in ({"pruned": self._prune} | dict(self._after)).items() if self._ranks.first else ():
+            try:
+                work(path)
+            except (OSError, DiskFullError) as error:
+                self._say(f"NOT {what.upper()}: {path.name}: {error}. The checkpoint is whole in {path.parent}.")
         return path
+
+    def _prune(self, newest: Path) -> None:
+        protected = self._protected(step_of(newest))
+        prune_checkpoints(self._folder, self._settings.keep, self._settings.keep_every, protected)

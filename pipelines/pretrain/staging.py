@@ -5,17 +5,23 @@ stays as it is whatever training does; a copy out of page-locked memory is valid
 
 Page-locked memory is what a GPU copies to at the full speed of its link, some 50 GB/s rather than 3 to 6. Getting it is slow:
 the kernel finds, clears and locks page after page, no faster than an ordinary copy. So it is done once (`lock`), at a moment
-of our choosing, and kept.
+of our choosing, and kept. It is one piece of the machine's memory, locked where it lies: torch's own page-locked memory comes
+in powers of two, up to twice of what is asked for, and stays with the process when a later piece cannot be had.
 """
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map, tree_map_only
+
+_ALIGNMENT = 64
+"""Bytes: where a tensor may begin."""
 
 
 class Staging:
@@ -44,23 +50,32 @@ class Staging:
             Its bytes.
 
         Raises:
-            RuntimeError: the machine does not give that much; from now on memory is found for each copy.
+            RuntimeError, OSError: the machine does not give that much; from now on memory is found for each copy.
         """
+        places: list[int] = [0]
+        tree_map_only(Tensor, lambda tensor: places.append(places[-1] + _padded(_local(tensor).nbytes)), state)
         try:
-            self._memory = tree_map_only(Tensor, lambda tensor: _room_for(tensor, page_locked=True), state)
-        except RuntimeError:
-            self._memory, self.page_locked = None, False
+            memory = _page_locked(places[-1])
+        except (RuntimeError, OSError):
+            self.page_locked = False
             raise
-        sizes: list[int] = []
-        tree_map_only(Tensor, lambda tensor: sizes.append(_local(tensor).nbytes), self._memory)
-        return sum(sizes)
+        start = iter(places)
+
+        def room(tensor: Tensor) -> Tensor:
+            at, local = next(start), _local(tensor)
+            return _as(tensor, memory[at : at + local.nbytes].view(local.dtype).view(local.shape))
+
+        self._memory = tree_map_only(Tensor, room, state)
+        return places[-1]
 
     @torch.no_grad()
     def copy(self, state: dict[str, Any]) -> dict[str, Any]:
         """What the state is now; the device is done with it when this returns."""
         memory = self._memory
         if memory is None:
-            memory = tree_map_only(Tensor, lambda tensor: _room_for(tensor, page_locked=False), state)
+            memory = tree_map_only(
+                Tensor, lambda tensor: _as(tensor, torch.empty_like(_local(tensor), device="cpu")), state
+            )
         # All copies are asked for before the first is waited for, so that the link is never idle between them.
         copied: dict[str, Any] = tree_map(_copy, memory, state)
         if self._device.type == "cuda":
@@ -68,11 +83,33 @@ class Staging:
         return copied
 
 
-def _room_for(tensor: Tensor, *, page_locked: bool) -> Tensor:
-    """Host memory of a tensor's shape and type; for a sharded one, of this rank's shard."""
-    local = _local(tensor)
-    # Of a single number there are as many as weights, and page-locked memory comes in whole pages.
-    room = torch.empty(local.shape, dtype=local.dtype, pin_memory=page_locked and local.numel() > 1)
+def _page_locked(size: int) -> Tensor:
+    """So many bytes of page-locked memory; it is given back when nothing refers to it any more.
+
+    Raises:
+        RuntimeError, OSError: the machine or the driver does not give them.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("there is no CUDA device to lock memory for")
+    pages = mmap.mmap(-1, max(size, 1))
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    runtime = torch.cuda.cudart()
+    torch.cuda.check_error(int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
+    # Of the storage, which every view keeps: the pages must be unlocked before the kernel takes them back.
+    weakref.finalize(memory.untyped_storage(), _unlock, memory.data_ptr(), pages)
+    return memory[:size]
+
+
+def _unlock(address: int, pages: mmap.mmap) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _as(tensor: Tensor, room: Tensor) -> Tensor:
+    """Memory for a tensor, or for this rank's shard, in the place of the whole."""
     if not isinstance(tensor, DTensor):
         return room
     # Where the shard lies in the whole is all that DCP asks of the mesh, which stays the one of the device.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from pipelines.pretrain.checkpoint import list_checkpoints, verify_checkpoint
+from pipelines.pretrain.checkpoint import list_checkpoints, step_of, verify_checkpoint
 from pipelines.pretrain.loop import run
-from pipelines.pretrain.mirror import Mirror
+from pipelines.pretrain.mirror import Copying, Mirror
+from pipelines.pretrain.parallelize import Ranks
 from pipelines.pretrain.recipe import PretrainRecipe
 from pipelines.pretrain.run import RunError
 from pipelines.shards.dataset import Dataset
@@ -100,3 +103,41 @@ def test_a_full_mirror_is_said_and_the_next_checkpoint_is_copied_again(
     said = _said(_mirrored(dataset, tmp_path / "run", str(tmp_path / "mirror")), tmp_path)
     assert re.search(r"NOT MIRRORED: step-00000004: .*the disk is full", said)
     assert Mirror(str(tmp_path / "mirror"), tmp_path / "run", 2, print).steps() == [8, 12]
+
+
+def test_a_mirror_slower_than_training_is_not_waited_for_until_the_end_and_gets_the_newest(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, trained_on, copied = Mirror.put, threading.Event(), []
+
+    def slowly(mirror: Mirror, checkpoint: Path) -> None:
+        assert trained_on.wait(60)
+        put(mirror, checkpoint)
+        verify_checkpoint(checkpoint)
+        copied.append(step_of(checkpoint))
+
+    settle = Copying.settle
+
+    def settling(copying: Copying, ranks: Ranks, alive: Callable[[], None]) -> None:
+        trained_on.set()
+        settle(copying, ranks, alive)
+
+    monkeypatch.setattr(Mirror, "put", slowly)
+    monkeypatch.setattr(Copying, "settle", settling)
+    checkpoints = {"every": 2, "keep": 2, "mirror": str(tmp_path / "mirror")}
+    trained(run_recipe(dataset, tmp_path / "run", checkpoints=checkpoints))
+    # The first was begun with, and stayed for that; of the others only the newest two could wait.
+    assert copied == [2, 10, 12]
+    assert Mirror(str(tmp_path / "mirror"), tmp_path / "run", 2, print).steps() == [10, 12]
+
+
+def test_a_mirror_that_cannot_be_written_to_any_more_is_said(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Mirror, "_put", stale)
+    said = _said(_mirrored(dataset, tmp_path / "run", str(tmp_path / "mirror")), tmp_path)
+    assert said.count("NOT MIRRORED: ") == 3
+    assert "[Errno 116] Stale file handle. The checkpoint is whole in" in said
