@@ -80,6 +80,18 @@ class Decoders:
         _send(process, self._preparation)
         self._idle.put(process)
 
+    def _replace(self, ended: subprocess.Popen[bytes]) -> None:
+        """Start another one in the place of one that has ended."""
+        try:
+            self._start()
+        except OSError:
+            # There is no memory for one now. Who gets this one will fail as its last one did, and not wait for ever.
+            self._idle.put(ended)
+            raise
+        ended.kill()
+        ended.communicate()
+        self._processes.remove(ended)
+
     def close(self) -> None:
         """End the processes and wait for them."""
         for process in self._processes:
@@ -113,7 +125,9 @@ class Decoders:
             assert process.stdout
             data, sizes, buffers = pickle.load(process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            self._start()
+            if place[1]:
+                self._free.append(place)
+            self._replace(process)
             raise TransientError(
                 f"a decoder ended with exit code {process.wait()}, at one of the {len(documents)} documents from "
                 f"{documents[0].source} on; if it was for want of memory, lower cluster.cpus_per_worker"

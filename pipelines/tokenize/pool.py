@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError, RayTaskError
 
 from pipelines.corpus.errors import StoreError, TransientError
 from pipelines.shards.storage import DiskFullError
@@ -199,6 +199,14 @@ class Pool:
             waiting[actor.on_gpu].extendleft(u for u in reversed(lost[1:]) if u)
             assert lost[0]
             self._again(lost[0], "died", "its worker died without a Python error (out of memory, or killed)")
+            return None
+        except ObjectLostError:
+            # A large result stays on the node that made it until it is fetched.
+            self._forget(reference)
+            if unit is None:
+                self._await_start(actor)
+            else:
+                self._again(unit, "died", "the node that held its result was lost")
             return None
         except RayTaskError as error:
             if isinstance(error.cause, DiskFullError | StoreError):

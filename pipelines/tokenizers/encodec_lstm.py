@@ -104,7 +104,8 @@ class Recurrence:
                 state.copy_(old)
             torch.cuda.synchronize(self.device)
             self._graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graphs[key]):
+            # Other threads page-lock memory meanwhile, which would spoil the capture of a whole process.
+            with torch.cuda.graph(self._graphs[key], capture_error_mode="thread_local"):
                 self._steps(index)
         return self._graphs[key]
 

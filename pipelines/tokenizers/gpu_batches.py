@@ -111,7 +111,8 @@ class FixedBatches:
             self.function(given)  # Compiles kernels and lets libraries choose theirs, which recording cannot.
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads page-lock memory meanwhile, which would spoil the capture of a whole process.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = self.function(given)
 
             def replay(batch: Tensor) -> Tensor:

@@ -114,6 +114,38 @@ def test_a_killed_decoder_fails_its_unit_and_the_next_try_goes_well(worker: Unit
     assert list(results(worker)) == expected
 
 
+def test_decoders_that_end_cost_no_memory_that_others_could_use(worker: UnitWorker) -> None:
+    worker.decoders = 2
+    expected = list(results(worker))
+    for _ in range(3):
+        of(worker)._processes[0].kill()
+        with pytest.raises(TransientError):
+            list(results(worker))
+    assert list(results(worker)) == expected
+    assert len(of(worker)._free) == decoders.PLACES
+    assert len(of(worker)._processes) == 2
+
+
+def test_a_decoder_that_cannot_be_started_again_is_missed_and_not_waited_for(
+    worker: UnitWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.decoders = 1
+    expected = list(results(worker))
+    of(worker)._processes[0].kill()
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoders.subprocess, "Popen", no_memory)
+        for _ in range(2):
+            with pytest.raises(OSError, match="Cannot allocate memory"):
+                list(results(worker))
+    with pytest.raises(TransientError):
+        list(results(worker))
+    assert list(results(worker)) == expected
+
+
 def test_a_fault_of_the_program_in_a_decoder_is_seen(worker: UnitWorker) -> None:
     worker.decoders = 1
     worker._preparation = dataclasses.replace(worker._preparation, choices={})

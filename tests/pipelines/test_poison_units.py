@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
+from ray.exceptions import ObjectLostError
 
 from pipelines.shards.dataset import Dataset
 from pipelines.shards.writer import WrittenShard
@@ -60,3 +63,21 @@ def test_when_all_units_kill_their_workers_none_is_blamed(tmp_path: Path, monkey
         tokenize(recipe)
     assert error.value.units == []
     assert 3 <= str(error.value).count("failed 1 times") <= 4
+
+
+@pytest.mark.slow
+def test_a_result_that_is_lost_with_its_node_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    get, lost = ray.get, []
+
+    def getting(reference: Any, **how: Any) -> Any:
+        result = get(reference, **how)
+        if isinstance(result, WrittenShard) and len(lost) < 2:
+            lost.append(reference)
+            raise ObjectLostError(reference.hex(), None, "")
+        return result
+
+    monkeypatch.setattr(pool.ray, "get", getting)
+    recipe = text_recipe(tmp_path, "units.inputs=1", "workers=1", **{f"t{n}": f"the quick fox {n}" for n in range(4)})
+    tokenize(recipe)
+    assert len(lost) == 2
+    assert stored(Dataset.open(recipe.dataset)) == {"t0", "t1", "t2", "t3"}
