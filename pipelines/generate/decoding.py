@@ -29,6 +29,9 @@ from pipelines.sequence import Allowed, Modality
 REPORT_EVERY = 16
 """Steps between two calls of the watcher within a stretch."""
 
+FINITE_EVERY = 16
+"""Tokens after which it is looked whether the model still computes numbers."""
+
 
 class Watcher(Protocol):
     """Is told of progress."""
@@ -94,10 +97,7 @@ class Decoding:
             GenerateError: the model computes no finite numbers.
         """
         hidden = self._prefill()
-        if not bool(hidden.isfinite().all()):
-            raise GenerateError(
-                "the model computes NaN or infinity for this prompt: its training diverged; use an earlier one"
-            )
+        _require_finite(hidden)
         enough = max(row.most_new_tokens for row in self._rows) >= LEAST_STEPS
         if enough and step_unavailable(self._model, self._cache) is None:
             self._fast = DecodingStep(self._model, self._cache, self._alive)
@@ -107,6 +107,10 @@ class Decoding:
             if not self._update_going():
                 break
             hidden = self._feed(ids, kinds)
+            # Once there, such numbers stay in the cache, so looking now and then is enough.
+            if self._step % FINITE_EVERY == 0:
+                _require_finite(hidden)
+        _require_finite(hidden)
         self._report(self._new_tokens() - self._reported)
 
     def _new_tokens(self) -> int:
@@ -207,6 +211,7 @@ class Decoding:
             if step + 1 < steps:
                 hidden = self._feed(codes[step], kinds)
         self._report(steps % REPORT_EVERY * len(self._going))
+        _require_finite(hidden)
         chosen = codes.T.tolist()
         for b in self._going:
             for code in chosen[b]:
@@ -226,3 +231,8 @@ class Decoding:
         self._reported += tokens
         if self._watcher is not None and tokens:
             self._watcher.advanced(tokens)
+
+
+def _require_finite(hidden: Tensor) -> None:
+    if not bool(hidden.isfinite().all()):
+        raise GenerateError("the model computes NaN or infinity: its training diverged; use an earlier checkpoint")

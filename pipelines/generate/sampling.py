@@ -91,8 +91,9 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
     probabilities, candidates = distribution(logits, sampling)
     # In float64: a float32 sum over 16,384 codes would shift rare ones by more than their own probability.
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    # To the right of equals, so what has probability 0 is never drawn.
+    # To the right of equals, so what has probability 0 is never drawn. Where there is no number it would be beyond the last.
     drawn = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+    drawn = drawn.clamp(max=cumulative.shape[-1] - 1)
     return (drawn if candidates is None else candidates.gather(-1, drawn))[:, 0]
 
 

@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import json
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,30 @@ def test_on_a_gpu_another_thread_may_stage_the_next_clips() -> None:
         for window, result in zip(windows, started, strict=True):
             for codes, expected in zip(result(), fast.encode(window), strict=True):
                 np.testing.assert_array_equal(codes, expected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_another_thread_may_page_lock_memory_while_graphs_are_captured() -> None:
+    network = network_of(AudioTokenizerConfig(sample_rate_hz=24_000, n_q=8, codebook_size=64, pad_mode="reflect"))
+    fast = AudioTokenizer(network, name="random", sha256="", device="cuda", dtype="float16x2")
+    done = threading.Event()
+
+    def locking() -> int:
+        pieces = []
+        while not done.is_set():
+            # Larger than any before, so that none of the memory that torch keeps will do.
+            pieces.append(torch.empty(2**20 + 2**12 * len(pieces), dtype=torch.uint8, pin_memory=True))
+        return len(pieces)
+
+    with ThreadPoolExecutor(1) as other:
+        locked = other.submit(locking)
+        try:
+            for clips in (1, 2, 4, 8, 16, 32, 64):
+                fast.encode([np.full(24_000, 0.1, np.float32)] * clips)
+        finally:
+            done.set()
+        assert locked.result() > 7
 
 
 @pytest.mark.gpu

@@ -225,6 +225,22 @@ def test_a_diverged_model_is_refused(vocabulary: Vocabulary, tokenizers: Tokeniz
         Generator(model, vocabulary, tokenizers).generate([""], Request())
 
 
+@pytest.mark.parametrize("want", ["text", "image", "audio"])
+def test_a_model_that_diverges_behind_the_prompt_is_refused_too(
+    vocabulary: Vocabulary, tokenizers: Tokenizers, want: str
+) -> None:
+    model = make_model(vocabulary, tie_text_embeddings=False)
+    table = model.embeddings[want].weight.data
+    if want == "text":
+        # The prompt's own pieces and the special tokens stay as they are.
+        table[torch.arange(len(table)) < vocabulary.text_pieces] = torch.nan
+    else:
+        table.fill_(torch.nan)
+    generator = Generator(model, vocabulary, tokenizers)
+    with pytest.raises(GenerateError, match="NaN or infinity"):
+        generator.generate([""], Request(want=want, max_tokens=40, seconds=0.1 if want == "audio" else None))
+
+
 def test_prompts_that_begin_alike_do_not_overwrite_each_other(generator: Generator, tmp_path: Path) -> None:
     prompts = ["the quick brown fox jumps over the lazy dogs and " + end for end in ("sleeps", "runs")]
     request = Request(want="image")
