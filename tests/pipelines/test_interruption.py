@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 from rich.console import Console
 
-from pipelines.pretrain.checkpoint import list_checkpoints
+from pipelines.pretrain import loop
+from pipelines.pretrain.checkpoint import list_checkpoints, step_of
 from pipelines.pretrain.interruption import InterruptedRunError, lost_ranks
 from pipelines.pretrain.loop import run
 from pipelines.pretrain.metrics import read_metrics
@@ -44,15 +46,16 @@ def _recipe(folder: Path, name: str) -> PretrainRecipe:
     return training_recipe(folder / "tokens", folder / name, **small)
 
 
-def _signal_at(number: int, run_folder: Path, step: int) -> threading.Thread:
-    def watch() -> None:
-        while steps_done(run_folder) < step:
-            time.sleep(0.005)
-        os.kill(os.getpid(), number)
+def _signal_in_step(monkeypatch: pytest.MonkeyPatch, number: int, step: int) -> None:
+    """This process gets a signal while it takes that step."""
+    take, steps = loop.take_step, itertools.count(1)
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    return thread
+    def taking(*arguments: Any) -> None:
+        take(*arguments)
+        if next(steps) == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loop, "take_step", taking)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
@@ -63,17 +66,14 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(
     job = context.JobContext(id="7", folder=tmp_path, restarts=0, rank=0, world_size=1)
     monkeypatch.setattr(context, "_current", job)
     before = signal.getsignal(number)
-    watcher = _signal_at(number, Path(disturbed.output), 4)
-    with pytest.raises(InterruptedRunError, match=r"saved after step \d+; the same command goes on"):
+    _signal_in_step(monkeypatch, number, 4)
+    with pytest.raises(InterruptedRunError, match=r"saved after step 4; the same command goes on"):
         run(disturbed, SILENT)
-    watcher.join()
     assert signal.getsignal(number) == before
-    (saved,) = list_checkpoints(Path(disturbed.output) / "checkpoints")
-    step = int(saved.name.removeprefix("step-"))
-    assert 4 <= step < STEPS
-    assert job.requeued == f"{signal.Signals(number).name}: saved after step {step}"
+    assert [step_of(path) for path in list_checkpoints(Path(disturbed.output) / "checkpoints")] == [4]
+    assert job.requeued == f"{signal.Signals(number).name}: saved after step 4"
     assert (tmp_path / "requeue-7-0.json").exists()
-    assert run(disturbed, SILENT).resumed_from == step
+    assert run(disturbed, SILENT).resumed_from == 4
     assert faults(Path(disturbed.output), undisturbed) == []
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -96,17 +95,14 @@ def test_a_stage_that_was_killed_ends_as_an_undisturbed_one(dataset: Dataset, tw
     _stage(recipe, 2)
     stage = claim_stage(tmp_path / "run", STEPS, 3, "a test")
     (tmp_path / "stage.yaml").write_text(dump_recipe(stage_recipe(recipe, stage)))
-    process = subprocess.Popen(
+    (tmp_path / "once").touch()
+    process = subprocess.run(
         [sys.executable, "-m", "pipelines.cli", "pretrain", str(tmp_path / "stage.yaml")],
         cwd=ROOT,
-        env={**os.environ, "COLUMNS": "200"},
+        env={**os.environ, "COLUMNS": "200", "BRAID_CRASH": f"before_rename:2:{tmp_path}/once"},
         stdout=subprocess.DEVNULL,
     )
-    while len(_train(tmp_path / "run")) < STEPS + 4:
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.returncode == -signal.SIGKILL
     again = claim_stage(tmp_path / "run", STEPS, 99, "another one that comes later")
     assert again == stage
     run(stage_recipe(recipe, again), Console(quiet=True))
