@@ -179,7 +179,7 @@ def dry_run(recipe: PretrainRecipe, *, gpus: int = 1, tflops: float | None = Non
         rate = f"{tflops:,.2f} TFLOP/s measured here on a large product"
     else:
         tflops = h200_tflops(recipe.precision)
-        rate = f"{tflops:,.0f} TFLOP/s, those of one H200"
+        rate = f"{tflops:,.0f} TFLOP/s, those of 8b on one H200 (smaller models reach less)"
     plan = make_plan(recipe, config, gpus=gpus, tflops=tflops)
     return f"With {sizes}, and {rate}:\n\n{describe(plan, recipe)}"
 
