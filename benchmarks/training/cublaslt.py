@@ -18,7 +18,16 @@ _COMPUTE_32F = 68
 _TYPES = {torch.float32: 0, torch.bfloat16: 14}
 _TRANSA, _TRANSB = 3, 4
 _MAX_WORKSPACE_BYTES = 1
-_CONFIG = {"id": 0, "tile": 1, "split_k": 2, "swizzle": 4, "custom": 5, "stages": 6, "inner": 7, "cluster": 8}
+_CONFIG = {
+    "id": (0, ctypes.c_int32),
+    "tile": (1, ctypes.c_uint32),
+    "split_k": (2, ctypes.c_uint32),
+    "swizzle": (4, ctypes.c_uint32),
+    "custom": (5, ctypes.c_uint32),
+    "stages": (6, ctypes.c_uint32),
+    "inner": (7, ctypes.c_uint16),
+    "cluster": (8, ctypes.c_uint16),
+}
 WORKSPACE_BYTES = 64 << 20
 
 
@@ -108,11 +117,12 @@ class CublasLt:
 
     def _told(self, kernel: _Found) -> dict[str, Any]:
         told: dict[str, Any] = {"workspace_mib": kernel.workspace_bytes >> 20, "waves": round(kernel.waves, 2)}
-        for name, attribute in _CONFIG.items():
-            value, written = ctypes.c_uint32(), ctypes.c_size_t()
+        for name, (attribute, kind) in _CONFIG.items():
+            value, written = kind(), ctypes.c_size_t()
             self._call(
                 "cublasLtMatmulAlgoConfigGetAttribute",
-                ctypes.byref(kernel.algorithm), attribute, ctypes.byref(value), ctypes.c_size_t(4), ctypes.byref(written),
+                ctypes.byref(kernel.algorithm), attribute, ctypes.byref(value),
+                ctypes.c_size_t(ctypes.sizeof(kind)), ctypes.byref(written),
             )  # fmt: skip
             told[name] = value.value
         return told
