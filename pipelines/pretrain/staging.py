@@ -55,15 +55,21 @@ class Staging:
         places: list[int] = [0]
         tree_map_only(Tensor, lambda tensor: places.append(places[-1] + _padded(_local(tensor).nbytes)), state)
         try:
-            memory = _page_locked(places[-1])
+            pages = _page_locked(max(places[-1], 1))
         except (RuntimeError, OSError):
             self.page_locked = False
             raise
-        start = iter(places)
+        # They are unlocked before they go, whatever else refers to them.
+        weakref.finalize(self, _unlock, pages)
+        starts = iter(places)
 
         def room(tensor: Tensor) -> Tensor:
-            at, local = next(start), _local(tensor)
-            return _as(tensor, memory[at : at + local.nbytes].view(local.dtype).view(local.shape))
+            start, local = next(starts), _local(tensor)
+            if not local.numel():
+                return _as(tensor, torch.empty_like(local, device="cpu"))
+            # A storage of its own, for whoever writes a part of a storage copies it first.
+            memory = torch.frombuffer(pages, dtype=local.dtype, count=local.numel(), offset=start)
+            return _as(tensor, memory.view(local.shape))
 
         self._memory = tree_map_only(Tensor, room, state)
         return places[-1]
@@ -83,25 +89,26 @@ class Staging:
         return copied
 
 
-def _page_locked(size: int) -> Tensor:
-    """So many bytes of page-locked memory; it is given back when nothing refers to it any more.
+def _page_locked(size: int) -> mmap.mmap:
+    """So many bytes of memory, none of which the kernel may move.
 
     Raises:
         RuntimeError, OSError: the machine or the driver does not give them.
     """
     if not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device to lock memory for")
-    pages = mmap.mmap(-1, max(size, 1))
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
-    runtime = torch.cuda.cudart()
-    torch.cuda.check_error(int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)))
-    # Of the storage, which every view keeps: the pages must be unlocked before the kernel takes them back.
-    weakref.finalize(memory.untyped_storage(), _unlock, memory.data_ptr(), pages)
-    return memory[:size]
+    pages = mmap.mmap(-1, size)
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(_address(pages), size, 0)))
+    return pages
 
 
-def _unlock(address: int, pages: mmap.mmap) -> None:
-    torch.cuda.cudart().cudaHostUnregister(address)
+def _unlock(pages: mmap.mmap) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.cudart().cudaHostUnregister(_address(pages))
+
+
+def _address(pages: mmap.mmap) -> int:
+    return torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
 
 
 def _padded(size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import mmap
 import re
 import threading
 import time
@@ -52,7 +53,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def memory_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be page-locked without a GPU is ordinary memory."""
-    monkeypatch.setattr(staging, "_page_locked", lambda size: torch.zeros(size, dtype=torch.uint8))
+    monkeypatch.setattr(staging, "_page_locked", lambda size: mmap.mmap(-1, size))
 
 
 def test_each_save_tells_how_long_training_paused_for_it(finished: RunResult) -> None:
