@@ -16,6 +16,9 @@ from pipelines.shards.statistics import MODALITIES
 
 _TOP_PIECES = 12
 
+_WIDE = 110
+"""Columns of a terminal in which histograms fit beside the figures."""
+
 
 def render(figures: dict[str, Any], console: Console) -> None:
     """Print the figures."""
@@ -31,8 +34,9 @@ def render(figures: dict[str, Any], console: Console) -> None:
     for remark in figures["remarks"]:
         console.print(f"[yellow]![/] {escape(remark)}", highlight=False, soft_wrap=True)
     console.print()
-    tables = (_overview, _lengths, _sources, _codebooks, _pieces, _shards, _padding, _growth, _quarantine)
-    for make in tables:
+    console.print(_overview(figures))
+    console.print(_lengths(figures, histograms=console.width >= _WIDE))
+    for make in (_sources, _codebooks, _pieces, _shards, _padding, _growth, _quarantine):
         if table := make(figures):
             console.print(table)
     console.print("The tokens that open a media span count as text.", style="dim")
@@ -64,20 +68,21 @@ def _overview(figures: dict[str, Any]) -> Table:
     return table
 
 
-def _lengths(figures: dict[str, Any]) -> Table:
-    table = right_aligned("", *(_quantile_name(q) for q in QUANTILES), "histogram")
-    table.columns[-1].justify = "left"
-    table.columns[-1].no_wrap = True
-    histograms = figures["histograms"]
+def _lengths(figures: dict[str, Any], histograms: bool) -> Table:
+    table = right_aligned("length", *(_quantile_name(q) for q in QUANTILES))
+    if histograms:
+        table.add_column("histogram", no_wrap=True)
 
     def add(name: str, quantiles: Iterable[int], bins: str) -> None:
-        table.add_row(name, *(f"{v:,}" for v in quantiles), spark(histograms[bins]))
+        bars = [spark(figures["histograms"][bins])] if histograms else []
+        table.add_row(name, *(f"{v:,}" if v < 1e5 else short(v) for v in quantiles), *bars)
 
     for modality in MODALITIES:
         if figures["spans"][modality]["count"]:
-            add(f"codes of a {modality} span", figures["spans"][modality]["length"].values(), f"{modality}_span")
-    add("tokens of a document", figures["document_tokens"].values(), "document_tokens")
-    add("spans of a document", figures["spans_per_document"].values(), "spans_per_document")
+            add(f"{modality} span", figures["spans"][modality]["length"].values(), f"{modality}_span")
+    add("document", figures["document_tokens"].values(), "document_tokens")
+    add("its spans", figures["spans_per_document"].values(), "spans_per_document")
+    table.caption = "Of spans in codes, of documents in tokens, and how many spans a document has."
     return table
 
 
@@ -86,18 +91,21 @@ def _quantile_name(q: float) -> str:
 
 
 def _sources(figures: dict[str, Any]) -> Table:
-    table = right_aligned("source", "documents", *MODALITIES, "raw MB", "rejected", "dropped by filters")
+    table = right_aligned("source", "docs", *MODALITIES, "raw MB", "rejected", "dropped")
+    reasons = []
     for name, source in figures["sources"].items():
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(source["dropped"].items()))
-        raw = source["raw_bytes"]
+        raw, dropped = source["raw_bytes"], source["dropped"]
         table.add_row(
             name,
             f"{source['documents']:,}",
-            *(f"{source['tokens'][m]:,}" for m in MODALITIES),
+            *(short(source["tokens"][m]) for m in MODALITIES),
             f"{raw['total'] / 1e6:,.1f}" if raw["documents"] else "?",
             f"{sum(source['rejected'].values()):,}",
-            dropped,
+            f"{sum(dropped.values()):,}",
         )
+        reasons += [f"{count:,} of {name} for {reason}" for reason, count in sorted(dropped.items())]
+    if reasons:
+        table.caption = escape("Dropped by filters: " + ", ".join(reasons))
     return table
 
 
