@@ -62,9 +62,9 @@ def add_norm_(y: Tensor, x: Tensor, weight: Tensor, eps: float, peak: Tensor | N
     return norm(y.add_(x), weight, eps, peak)
 
 
-def norm_again(x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, peak: Tensor | None = None) -> Tensor:
+def norm_again(x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """The output of `norm` once more, from its statistics."""
-    return raise_(peak, _normalized(x, mean, rstd, weight))
+    return _normalized(x, mean, rstd, weight)
 
 
 def norm_backward(
@@ -167,8 +167,13 @@ def gelu_backward_(
 def raise_(peak: Tensor | None, x: Tensor) -> Tensor:
     """Raise a peak, if there is one, to the largest magnitude in x, which is returned; NaN is the largest."""
     if peak is not None:
-        torch.maximum(peak, torch.linalg.vector_norm(x, float("inf"), dtype=peak.dtype), out=peak)
+        torch.maximum(peak, largest(x), out=peak)
     return x
+
+
+def largest(x: Tensor) -> Tensor:
+    """The largest magnitude in x, float32 scalar."""
+    return torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
 
 
 def _wide(x: Tensor) -> Tensor:

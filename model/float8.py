@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.elementwise import has_kernels
+from model.elementwise import has_kernels, largest
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -35,7 +35,7 @@ class Peaks(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor) -> Peaks:
         """Those of products by a weight."""
-        return cls(None, _peak(weight))
+        return cls(None, largest(weight))
 
     def fresh(self) -> Peaks:
         """The same with a zero for x, to be raised by who writes x (`model.elementwise`)."""
@@ -72,7 +72,7 @@ def quantize(
     Returns:
         The matrix, or its transpose, contiguous; and the float32 scalar that it is to be multiplied with again.
     """
-    peak = _peak(x) if peak is None else peak
+    peak = largest(x) if peak is None else peak
     if has_kernels(x):
         from model import triton_float8
 
@@ -81,10 +81,6 @@ def quantize(
     scale = limit / peak.clamp(min=SMALLEST_PEAK)
     rounded = (x.float() * scale).clamp(-limit, limit).to(dtype)
     return (rounded.T.contiguous() if transpose else rounded), scale.reciprocal()
-
-
-def _peak(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

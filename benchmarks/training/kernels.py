@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.packed_workload import make_steps
 from benchmarks.training.records import config_of, device, median_ms, record
+from model import UnifiedTransformerConfig
 from model.attention import BACKENDS, AttentionPlan, attend
 
 
@@ -65,14 +66,12 @@ def time_products(arguments: argparse.Namespace, option: dict[str, Any]) -> None
     from model import products
 
     config = config_of(arguments)
-    D, F = config.hidden_size, config.ffn_hidden_size
     if device().type == "cuda":
         a = torch.empty(1 << 30, dtype=torch.bfloat16, device=device())
         b = torch.empty_like(a)
         ms = median_ms(lambda: b.copy_(a), 10)
         record(arguments.out, "matmul", "copy", tb_per_s=round(2 * a.numel() * 2 / ms / 1e9, 2))
         del a, b
-    shapes = {"qkv": (3 * D, D), "attention output": (D, D), "ffn input": (F, D), "ffn output": (D, F)}
     dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
     libraries = ["cublas", "cublaslt"] if device().type == "cuda" else ["cpu"]
     for library in libraries:
@@ -80,7 +79,7 @@ def time_products(arguments: argparse.Namespace, option: dict[str, Any]) -> None
             torch.backends.cuda.preferred_blas_library(library)
         for rows in (2, 4) if not arguments.quick else (1,):
             T = rows * arguments.length
-            for name, (M, K) in shapes.items():
+            for name, (M, K) in weights_of(config).items():
                 x = torch.randn(T, K, device=device(), dtype=dtype)
                 w = torch.randn(M, K, device=device(), dtype=dtype) * 0.02
                 g = torch.randn(T, M, device=device(), dtype=dtype)
@@ -100,12 +99,19 @@ def time_products(arguments: argparse.Namespace, option: dict[str, Any]) -> None
                 record(arguments.out, "matmul", name, library=library, tokens=T, tflops=rates)
 
 
+def weights_of(config: UnifiedTransformerConfig) -> dict[str, tuple[int, int]]:
+    """The weights of a block, [M, K] each."""
+    D, F = config.hidden_size, config.ffn_hidden_size
+    return {"qkv": (3 * D, D), "attention output": (D, D), "ffn input": (F, D), "ffn output": (D, F)}
+
+
 def float8_products(x: Tensor, w: Tensor, g: Tensor) -> dict[str, Callable[[], object]]:
     """The products as the model makes them, rounding included, and the bare product in both ways of summing."""
     from model import float8
+    from model.elementwise import largest
 
     peaks = float8.Peaks.of(w)
-    known = peaks._replace(x=torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32))
+    known = peaks._replace(x=largest(x))
     (a, a_scale), (b, b_scale) = float8.quantize(x, float8.E4M3), float8.quantize(w, float8.E4M3)
     calls: dict[str, Callable[[], object]] = {
         "float8 forward": lambda: float8.product(x, w, peaks),

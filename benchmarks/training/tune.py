@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.training.cublaslt import CublasLt
+from benchmarks.training.kernels import weights_of
 from benchmarks.training.records import config_of, device, error_of, record
 
 _SETS = 3
@@ -27,35 +28,17 @@ def tune_products(arguments: argparse.Namespace, option: dict[str, Any]) -> None
         record(arguments.out, "tune", "products", skipped="cuBLASLt runs on CUDA")
         return
     library, config = CublasLt(), config_of(arguments)
-    D, F = config.hidden_size, config.ffn_hidden_size
     T = int(arguments.micro.split(",")[0]) * arguments.length
-    for name, (M, K) in {
-        "qkv": (3 * D, D),
-        "attention output": (D, D),
-        "ffn input": (F, D),
-        "ffn output": (D, F),
-    }.items():
+    for name, (M, K) in weights_of(config).items():
         x, w, g = ([_random(*shape) for _ in range(_SETS)] for shape in ((T, K), (M, K), (T, M)))
         sums = [torch.zeros(M, K, device=device()) for _ in range(_SETS)]
-        tune(
-            arguments,
-            library,
-            f"{name}, forward",
-            [(a, b.T, torch.empty_like(c)) for a, b, c in zip(x, w, g, strict=True)],
-        )
-        tune(
-            arguments,
-            library,
-            f"{name}, input gradient",
-            [(a, b, torch.empty_like(c)) for a, b, c in zip(g, w, x, strict=True)],
-        )
-        tune(
-            arguments,
-            library,
-            f"{name}, weight gradient",
-            [(a.T, b, c) for a, b, c in zip(g, x, sums, strict=True)],
-            add=True,
-        )
+        products = {
+            "forward": [(a, b.T, torch.empty_like(c)) for a, b, c in zip(x, w, g, strict=True)],
+            "input gradient": [(a, b, torch.empty_like(c)) for a, b, c in zip(g, w, x, strict=True)],
+            "weight gradient": [(a.T, b, c) for a, b, c in zip(g, x, sums, strict=True)],
+        }
+        for what, operands in products.items():
+            tune(arguments, library, f"{name}, {what}", operands, add=what == "weight gradient")
 
 
 def tune(
@@ -63,7 +46,7 @@ def tune(
     library: CublasLt,
     what: str,
     operands: Sequence[tuple[Tensor, Tensor, Tensor]],
-    add: bool = False,
+    add: bool,
 ) -> None:
     """Record the rates of torch's kernel and of the best few, which are timed once more by turns."""
     from model.products import add_product_

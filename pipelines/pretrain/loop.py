@@ -107,20 +107,15 @@ def _train(
     weights = recipe.loss_weights.model_dump()
     datasets = Datasets(loader.names)
     metrics = _metrics(recipe, model, start, datasets, ranks, console)
-    copying = Copying(Mirror.of(recipe, metrics.say) if ranks.first else None, recipe.checkpoints.keep)
     goes_back = recipe.faults.spikes == "roll_back"
-
-    def protected(step: int) -> set[int]:
-        """What a spike would go back to, and what is not copied yet."""
-        return copying.steps | ({target_of(recipe, step + 1)} if goes_back else set())
-
     saver = Saver(
         folder / "checkpoints",
         recipe.checkpoints,
         ranks,
         metrics.say,
-        ({"exported": _exporter(recipe, data)} if recipe.checkpoints.export else {}) | {"mirrored": copying.add},
-        protected,
+        Copying(Mirror.of(recipe, metrics.say) if ranks.first else None, recipe.checkpoints.keep),
+        _exporter(recipe, data) if recipe.checkpoints.export else None,
+        protected=lambda step: {target_of(recipe, step + 1)} if goes_back else set(),
     )
     roll_back = RollBack(
         recipe,
@@ -129,7 +124,6 @@ def _train(
         optimizer=optimizer,
         guard=guard,
         saver=saver,
-        copying=copying,
         metrics=metrics,
         ranks=ranks,
     )
@@ -197,15 +191,13 @@ def _train(
                     )
                     waited = saver.save(state, model, optimizer)
                     if interrupted:
-                        saver.wait(last=True)
-                        copying.settle(ranks, watchdog.alive)
+                        saver.settle(last=True, alive=watchdog.alive)
                 paused, waited = ranks.largest(pause.seconds, waited)
                 metrics.write(SAVE, step, {"pause_s": paused, "waited_s": waited})
                 watchdog.alive()
             if interrupted and step < total:
                 interruption.stop(step)
-        saver.wait(last=True)
-        copying.settle(ranks, watchdog.alive)
+        saver.settle(last=True, alive=watchdog.alive)
     if validation is None and validator.targets:
         # The run was stopped between its last checkpoint and its end.
         validation = validator.evaluate(model)

@@ -18,7 +18,6 @@ from pipelines.loading import Loader
 from pipelines.pretrain.checkpoint import delete_after, load_checkpoint, path_of
 from pipelines.pretrain.faults import Guard
 from pipelines.pretrain.metrics import ROLL_BACK, Metrics
-from pipelines.pretrain.mirror import Copying
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer
 from pipelines.pretrain.recipe import PretrainRecipe
 from pipelines.pretrain.saving import Saver
@@ -42,13 +41,12 @@ class RollBack:
         optimizer: torch.optim.Optimizer,
         guard: Guard,
         saver: Saver,
-        copying: Copying,
         metrics: Metrics,
         ranks: Ranks,
     ) -> None:
         self._recipe, self._on = recipe, recipe.faults.spikes == "roll_back"
         self._loader, self._model, self._optimizer, self._guard = loader, model, optimizer, guard
-        self._saver, self._copying, self._metrics, self._ranks = saver, copying, metrics, ranks
+        self._saver, self._metrics, self._ranks = saver, metrics, ranks
         self._places: dict[int, dict[str, Any]] = {}
         """Where the next step's data begin, for the steps whose losses the host may not have heard of."""
 
@@ -99,9 +97,8 @@ class RollBack:
             return f"the run went back to step {target} {most} times, which is as often as faults.roll_backs allows"
         if not target:
             return "there is no checkpoint yet to go back to"
-        self._saver.wait()
         # What is copied may be of the steps that are taken back.
-        self._copying.settle(self._ranks)
+        self._saver.settle()
         if not self._ranks.agree(int(self._path(target).is_dir())):
             return f"the checkpoint of step {target} is not there to go back to"
         return ""

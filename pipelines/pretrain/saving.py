@@ -9,7 +9,7 @@ said, and ends the run when it happens twice in a row or at the end; what fails 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from pipelines.pretrain.checkpoint import (
     step_of,
     write_checkpoint,
 )
+from pipelines.pretrain.mirror import Copying
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer
 from pipelines.pretrain.recipe import CheckpointSettings
 from pipelines.pretrain.staging import Staging
@@ -41,18 +42,26 @@ class Saver:
         settings: CheckpointSettings,
         ranks: Ranks,
         say: Callable[[str], None],
-        after: Mapping[str, Callable[[Path], None]],
-        protected: Callable[[int], Collection[int]] = lambda step: (),
+        copying: Copying,
+        export: Callable[[Path], None] | None,
+        protected: Callable[[int], set[int]],
     ) -> None:
         """
         Args:
             folder: of the checkpoints.
             say: tells people what went wrong; called on the first rank.
-            after: what is done on the first rank with each finished checkpoint, off the critical path; by the word for it.
+            copying: is given each finished checkpoint.
+            export: called on the first rank with each finished checkpoint, off the critical path.
             protected: which steps' checkpoints must stay when that of a step was written.
         """
         self._folder, self._settings, self._ranks = folder, settings, ranks
-        self._say, self._after, self._protected = say, after, protected
+        self._say, self._copying, self._protected = say, copying, protected
+        self._afterwards: dict[str, Callable[[Path], None]] = {
+            "pruned": self._prune,
+            **({"exported": export} if export else {}),
+            "mirrored": copying.add,
+        }
+        """What the first rank does with each finished checkpoint, by the word for it."""
         # A group of its own, because the thread must not come between the collectives of the training step.
         self._group = dist.new_group(backend="gloo")
         # Where training waits for the writing anyway, memory that is locked all the while would gain nothing.
@@ -145,9 +154,19 @@ class Saver:
         if len(self._failed) > 1 or (last and self._failed):
             raise self._failed[-1]
 
+    def settle(self, *, last: bool = False, alive: Callable[[], None] = lambda: None) -> None:
+        """Wait until everything is written, and copied too; every rank must call it.
+
+        Args:
+            last: see `wait`.
+            alive: called now and then while copies are waited for.
+        """
+        self.wait(last=last)
+        self._copying.settle(self._ranks, alive)
+
     def _write(self, checkpoint: Checkpoint, staged: dict[str, Any]) -> Path:
         path = write_checkpoint(self._folder, checkpoint, staged, self._ranks, self._group)
-        for what, work in ({"pruned": self._prune} | dict(self._after)).items() if self._ranks.first else ():
+        for what, work in self._afterwards.items() if self._ranks.first else ():
             try:
                 work(path)
             except (OSError, DiskFullError) as error:
@@ -155,5 +174,5 @@ class Saver:
         return path
 
     def _prune(self, newest: Path) -> None:
-        protected = self._protected(step_of(newest))
+        protected = self._protected(step_of(newest)) | self._copying.steps
         prune_checkpoints(self._folder, self._settings.keep, self._settings.keep_every, protected)
