@@ -7,7 +7,7 @@ with it; its results are JSON lines, to the screen and to `--out`.
     check      the fused block, the heads' loss, attention and the optimizer against float64
     attention  milliseconds of each attention backend on the workload's documents
     matmul     TFLOP/s of each matrix product of a block
-    tune       each of these products by every kernel that cuBLASLt offers (when named)
+    tune       each of these products by every kernel that cuBLASLt names (when named)
     step       tokens/s of whole optimizer steps, with a breakdown by kind of kernel
     variants   the same for other settings, from fewer micro-batches
     losses     loss curves of float32 and of leaner masters, gradients, moments and products, side by side
@@ -57,6 +57,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed optimizer steps of the section step")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--micro", default="4,3,2,1", help="rows of a micro-batch to try, until one fits")
+    parser.add_argument(
+        "--keep", default="least", choices=("least", "all"), help="what blocks keep, in the section step"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="take the fastest kernel of each product, in the section step"
+    )
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "float8"), help="of the section step")
     parser.add_argument("--backends", default=",".join(BACKENDS), help="of the sections check and attention")
     parser.add_argument("--variants", help="parts of the names of those to run, separated by commas; default all")
     parser.add_argument(
@@ -91,7 +98,7 @@ def main() -> None:
 
 def start(section: str, arguments: argparse.Namespace, option: dict[str, Any]) -> None:
     """Run a section in a process of its own; whatever happens to it is a record."""
-    passed = ("size", "steps", "length", "micro", "out", "quick", "attention")
+    passed = ("size", "steps", "length", "micro", "keep", "precision", "tune", "out", "quick", "attention")
     sections.start("benchmarks.train_step", section, arguments, option, passed, LIMIT_S[section])
 
 

@@ -78,7 +78,8 @@ def quantize(
 
         return triton_float8.quantize(x, peak, dtype, transpose)
     limit = torch.finfo(dtype).max
-    scale = limit / peak.clamp(min=SMALLEST_PEAK)
+    # Not limit / peak: torch makes that limit x (1 / peak), which rounds twice.
+    scale = torch.full_like(peak, limit) / peak.clamp(min=SMALLEST_PEAK)
     rounded = (x.float() * scale).clamp(-limit, limit).to(dtype)
     return (rounded.T.contiguous() if transpose else rounded), scale.reciprocal()
 

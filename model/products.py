@@ -2,7 +2,8 @@
 
 Enters: activations [T, K] and a weight [M, K]. Leaves: [T, M], and in the backward pass gradients. Always holds: where a
 weight has a float32 `grad` beside bfloat16 values, its gradient is added there inside the product itself, in float32, and
-never exists in bfloat16 or as a tensor of its own; autograd is then told that there is nothing to add.
+never exists in bfloat16 or as a tensor of its own; autograd is then told that there is nothing to add. Which kernel makes a
+product on a GPU is torch's choice, or after `tune` that of `model.cublaslt`.
 
 Shapes: T tokens, K features in, M features out.
 """
@@ -15,25 +16,39 @@ import torch
 from torch import Tensor
 
 from model import float8
+from model.cublaslt import Fastest
 from model.float8 import EXACT, Peaks
+
+_fastest: Fastest | None = None
+
+
+def tune(on: bool) -> None:
+    """Whether this process times the kernels that there are for a product on a GPU when it meets its shape for the first
+    time, as `torch.backends.cudnn.benchmark` does for convolutions. It pays where few shapes come often, as in training."""
+    global _fastest
+    if on != (_fastest is not None):
+        _fastest = Fastest() if on else None
 
 
 def product(x: Tensor, weight: Tensor, peaks: Peaks = EXACT) -> Tensor:
     """[T, K] to [T, M]; with peaks in float8."""
-    return x @ weight.T if peaks.weight is None else float8.product(x, weight, peaks)
+    return _multiply(x, weight.T) if peaks.weight is None else float8.product(x, weight, peaks)
 
 
 def input_gradient(grad_output: Tensor, weight: Tensor, peaks: Peaks = EXACT) -> Tensor:
     """[T, M] to [T, K]; with peaks in float8."""
-    return grad_output @ weight if peaks.weight is None else float8.input_gradient(grad_output, weight, peaks)
+    return _multiply(grad_output, weight) if peaks.weight is None else float8.input_gradient(grad_output, weight, peaks)
 
 
 def weight_gradient(weight: Tensor, grad_output: Tensor, x: Tensor) -> Tensor | None:
     """The gradient [M, K], to be returned to autograd, or None where it was added to `weight.grad` at once."""
     if not accumulates_in_float32(weight):
-        return grad_output.T @ x
+        return _multiply(grad_output.T, x)
     assert weight.grad is not None
-    add_product_(weight.grad, grad_output.T, x)
+    if _fastest is None or not x.is_cuda:
+        add_product_(weight.grad, grad_output.T, x)
+    else:
+        _fastest(weight.grad, grad_output.T, x, True, add_product_)
     return None
 
 
@@ -63,6 +78,14 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     else:
         # Products of bfloat16 numbers are exact in float32, so this is the same but for the order of the sums.
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    if _fastest is None or not a.is_cuda:
+        return a @ b
+    out = a.new_empty(a.shape[0], b.shape[1])
+    _fastest(out, a, b, False, lambda to, left, right: torch.mm(left, right, out=to))
+    return out
 
 
 @lru_cache

@@ -31,7 +31,7 @@ def time_steps(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
     backend = fastest_attention(arguments)
     config = config_of(arguments, attention_backend=backend, block_backend="fused", loss_chunk_tokens=4096)
     say = lambda what, **values: record(arguments.out, "step", what, **values)  # noqa: E731
-    with trainer(config) as run:
+    with trainer(config, keep=arguments.keep, precision=arguments.precision, tune=arguments.tune) as run:
         micro, warm = largest_micro_batch(arguments, config, run, say)
         if not micro:
             return
@@ -52,7 +52,8 @@ def time_steps(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
         speed = statistics.median(t / s for t, s in zip(tokens, seconds, strict=True))
         executed = statistics.median(executed_flops(config, s) / t for s, t in zip(steps, seconds, strict=True))
         say(
-            "tokens/s", tokens_per_s=round(speed), micro_batch=micro, attention=run.model.attention_backend,
+            "tokens/s", tokens_per_s=round(speed), micro_batch=micro, keep=arguments.keep, precision=arguments.precision,
+            tune=arguments.tune, attention=run.model.attention_backend,
             blocks=run.model.block_backend, seconds_a_step=[round(s, 3) for s in seconds], wall_s=round(wall, 2),
             padding_share=round(1 - sum(tokens) / (len(steps) * rows_of(arguments) * arguments.length), 4),
             mfu_full=round(speed * config.flops_per_token(arguments.length) / PEAK, 4),

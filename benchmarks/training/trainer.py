@@ -20,7 +20,7 @@ from model.attention import BACKENDS
 def trainer(
     config: UnifiedTransformerConfig, *, masters: str = "optimizer", moments: str = "bf16", learning_rate: float = 3e-4,
     recompute_every: int = 0, recompute: str = "all", keep: str = "least", compile_blocks: bool = False,
-    precision: str = "bf16",
+    precision: str = "bf16", tune: bool = False,
 ) -> Iterator[SimpleNamespace]:  # fmt: skip
     """Model, optimizer and ranks as a pretraining run makes them."""
     from pipelines.pretrain.optimizer import make_optimizer
@@ -32,7 +32,7 @@ def trainer(
     with join_ranks("auto") as ranks:
         model = build_model(
             config, ranks, seed=0, precision=precision, masters=masters, recompute_every=recompute_every,
-            recompute=recompute, keep=keep, compile_blocks=compile_blocks,
+            recompute=recompute, keep=keep, tune=tune, compile_blocks=compile_blocks,
         )  # fmt: skip
         yield SimpleNamespace(model=model, ranks=ranks, optimizer=make_optimizer(model, settings))
 

@@ -6,8 +6,6 @@ import argparse
 from itertools import pairwise
 from typing import Any
 
-import torch
-
 from benchmarks.packed_workload import attention_flops, executed_flops, make_steps
 from benchmarks.training.records import PEAK, between, config_of, device, peak_gib, record, rows_of, synchronize
 from benchmarks.training.trainer import fastest_attention, largest_micro_batch, train_step, trainer
@@ -18,7 +16,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"name": "micro-batch of 2 rows", "micro": "2"},
     {"name": "micro-batch of 2 rows, all kept", "micro": "2", "keep": "all"},
     {"name": "float8, micro-batch of 2 rows, all kept", "micro": "2", "keep": "all", "precision": "float8"},
-    {"name": "cublaslt", "library": "cublaslt"},
+    {"name": "float8, tuned", "precision": "float8", "tune": True},
     {"name": "feed_forward recomputed in every block", "recompute_every": 1, "recompute": "feed_forward"},
     {"name": "compiled plain blocks under FSDP2", "blocks": "torch", "compile": True, "micro": "1", "limit_s": 150},
     {"name": "length 8192", "length": 8192, "micro": "2,1"},
@@ -38,14 +36,14 @@ def time_variant(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
     if arguments.quick and option.get("attention", "sdpa") != "sdpa":
         record(arguments.out, "variants", option["name"], skipped="there is no such backend here")
         return
-    if "library" in option and device().type == "cuda":
-        torch.backends.cuda.preferred_blas_library(option["library"])
     config = config_of(
         arguments, attention_backend=fastest_attention(arguments), block_backend=option.get("blocks", "fused"),
         loss_chunk_tokens=4096,
     )  # fmt: skip
     say = lambda what, **values: record(arguments.out, "variants", what, **values)  # noqa: E731
-    passed = {key: option[key] for key in ("recompute_every", "recompute", "keep", "precision") if key in option}
+    passed = {
+        key: option[key] for key in ("recompute_every", "recompute", "keep", "precision", "tune") if key in option
+    }
     with trainer(config, compile_blocks=option.get("compile", False), **passed) as run:
         micro, _ = largest_micro_batch(arguments, config, run, say)
         if not micro:

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 
-from model import UnifiedTransformer, UnifiedTransformerConfig, float8
+from model import UnifiedTransformer, UnifiedTransformerConfig, float8, products
 from model.fused import runs_fused
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def model_of(recipe: PretrainRecipe, config: UnifiedTransformerConfig, ranks: Ra
         masters=recipe.masters,
         recompute=recipe.recompute,
         keep=recipe.keep,
+        tune=recipe.tune,
         sharding=recipe.sharding,
     )
 
@@ -155,6 +156,7 @@ def build_model(
     masters: str = "parameters",
     recompute: str = "all",
     keep: str = "least",
+    tune: bool = False,
     sharding: ShardingSettings | None = None,
 ) -> ShardedTransformer:
     """A sharded, initialized model whose `loss` and `token_losses` may be called like `forward`.
@@ -167,6 +169,7 @@ def build_model(
         masters: "parameters" are fp32; or they are bf16, and the "optimizer" keeps the masters.
         recompute: what those blocks compute again, "all" or "feed_forward".
         keep: what fused blocks keep of the rest, "least" or "all".
+        tune: whether fused blocks look for the fastest kernel of each product (`model.products.tune`).
         sharding: how the model is spread over ranks; None is over all of them, with the defaults of a recipe.
 
     Raises:
@@ -184,6 +187,7 @@ def build_model(
             raise ValueError("precision is 'float8', which only fused blocks do: set model.block_backend to 'fused'")
         if reason := float8.unavailable(ranks.device, torch.bfloat16):
             raise DeviceError(f"precision is 'float8', but {reason}; set it to 'bf16'")
+    products.tune(tune and fused)
     for number, block in enumerate(model.blocks):
         block.float8 = precision == "float8"  # type: ignore[assignment]
         block.keep = keep  # type: ignore[assignment]

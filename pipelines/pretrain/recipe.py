@@ -208,6 +208,9 @@ class PretrainRecipe(Settings):
     keep: Literal["least", "all"] = "least"
     """What fused blocks keep for the backward pass, unless it is computed again: what their products put out, from which the
     rest is made (6 D + F numbers a token and block, D hidden, F feed-forward), or all (8 D + 2 F), a little faster."""
+    tune: bool = False
+    """On a GPU, time cuBLASLt's kernels for each matrix product of fused blocks at its first use, half a minute in all, and
+    take the fastest. Which one that is may differ between runs, and with it the last bits."""
     compile: bool = False
     """Compile each block with `torch.compile`."""
     gradient_clip: float = Field(default=1.0, gt=0)
