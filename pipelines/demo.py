@@ -27,6 +27,8 @@ from pipelines.shards.split import is_validation
 SHOWN_ROWS = 8
 PROMPTS = ("Un chat.", "Une pomme rouge.", "Un oiseau bleu.", "Une voiture.")
 """Captions; each goes on with a picture and then a voice, as the documents of the corpus do."""
+SHIPPED_MODEL = "spoken_drawings"
+SHIPPED_PROMPTS = ("en: red parrot, birds, animals", "fr: Une pomme rouge.", "de: house, buildings")
 TEXT_PROMPTS = ("The package", "Debian", "You can use", "The file system")
 
 
@@ -42,8 +44,8 @@ def main() -> None:
     console = Console(highlight=False)
     began = time.monotonic()
     out: Path = arguments.out
-    tokens, rows, run, generated = (out / name for name in ("tokens", "rows", "run", "generated"))
-    evaluation, page = out / "evaluation.html", out / "page.html"
+    tokens, rows, run, generated, shipped = (out / name for name in ("tokens", "rows", "run", "generated", "shipped"))
+    evaluation, shipped_page, page = (out / f"{name}.html" for name in ("evaluation", "shipped", "page"))
 
     _title(console, "1  Raw data: pictures, captions, voices, and a handbook")
     corpus = prepare(
@@ -71,7 +73,11 @@ def main() -> None:
     _title(console, "7  How good it is on documents that it has not seen")
     measured = ["--limit", "24", "--samples", "4", "--html", str(evaluation)]
     _braid(console, "evaluate", str(run), str(tokens), *measured)
-    _title(console, "8  One page of it all")
+    _title(console, "8  And the model that comes with Braid, which has learned from more of the same")
+    for prompt in SHIPPED_PROMPTS:
+        _generate(console, SHIPPED_MODEL, prompt, shipped, "--want", "image", "--want", "audio", "--guidance", "2")
+    _braid(console, "report", "--generated", str(shipped), "--title", "spoken_drawings", "--out", str(shipped_page))
+    _title(console, "9  One page of it all")
     inputs = ["--dataset", str(tokens), "--generated", str(generated), *(f"--row={row}" for row in shown)]
     _braid(console, "report", str(run), *inputs, "--title", "The demo", "--out", str(page))
 
@@ -80,6 +86,7 @@ def main() -> None:
     for path, what in {
         page: "open this: what went in, losses, what came out",
         evaluation: "and this: figures beside their baselines",
+        shipped_page: "what the shipped model drew and said",
         corpus: "the raw corpus",
         tokens: "the token dataset",
         rows: "rows of it, decoded back",
@@ -103,9 +110,9 @@ def _rows_with_media(dataset: Dataset) -> list[str]:
     return chosen
 
 
-def _generate(console: Console, run: Path, prompt: str, out: Path, *options: str) -> None:
+def _generate(console: Console, model: Path | str, prompt: str, out: Path, *options: str) -> None:
     sampling = ("--temperature", "0.9", "--top-p", "0.95")
-    _braid(console, "generate", str(run), "--prompt", prompt, *options, *sampling, "--out", str(out))
+    _braid(console, "generate", str(model), "--prompt", prompt, *options, *sampling, "--out", str(out))
 
 
 def _title(console: Console, text: str) -> None:

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.options import AsJson, DatasetArgument, Version, err, out
+from pipelines.cli.options import AsJson, DatasetArgument, Model, Version, err, out
 
 app = typer.Typer()
 
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or the folder of an exported model.")],
+    checkpoint: Model,
     dataset: DatasetArgument,
     version: Version = None,
     split: Annotated[str, typer.Option(help="validation, or train.")] = "validation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,9 @@ err = Console(stderr=True)
 
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that win over the file: a.b=value ...")]
+Model = Annotated[
+    Path, typer.Argument(help="A run's folder, an exported model's, or the name of a shipped one: spoken_drawings.")
+]
 DatasetArgument = Annotated[str, typer.Argument(help="Folder or URI of a token dataset.")]
 Version = Annotated[int | None, typer.Option(min=0, help="A pinned version; the newest by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]

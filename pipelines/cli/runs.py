@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -52,13 +52,20 @@ def verify(
 def export(
     where: Annotated[Path, typer.Argument(help="Folder of a run, for its newest checkpoint, or of one checkpoint.")],
     folder: Annotated[Path, typer.Option("--out", help="Folder for model.safetensors, config.json, vocabulary.json.")],
+    dtype: Annotated[
+        Literal["bf16", "fp32"] | None,
+        typer.Option(help="Round the weights to it: bf16 takes half of the room. Default: as the checkpoint has them."),
+    ] = None,
 ) -> None:
     """Export the model of a checkpoint, as a finished run's; `braid generate` reads it."""
+    import torch
+
     from pipelines.pretrain.export import export_checkpoint
     from pipelines.pretrain.inventory import checkpoints_below
 
     path = checkpoints_below(where)[-1]
-    export_checkpoint(path, folder)
+    types = {"bf16": torch.bfloat16, "fp32": torch.float32, None: None}
+    export_checkpoint(path, folder, dtype=types[dtype])
     out.print(f"{path.name} is exported to {folder}", markup=False, highlight=False, soft_wrap=True)
 
 

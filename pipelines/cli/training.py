@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.launching import on_cluster, require_local, say, say_queued, show_recipe
-from pipelines.cli.options import After, Cluster, DryRun, On, Overrides, Recipe, Version, out
+from pipelines.cli.options import After, Cluster, DryRun, Model, On, Overrides, Recipe, Version, out
 from pipelines.cli.prompts import InOrder, by_modality, prompt_items
 
 app = typer.Typer()
@@ -75,7 +75,7 @@ def pretrain(
 @app.command(cls=InOrder)
 def generate(
     context: typer.Context,
-    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, or the folder of an exported model.")],
+    checkpoint: Model,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue.")] = None,
     want: Annotated[list[str] | None, typer.Option(help="text, image or audio; may be given several times.")] = None,
     folder: Annotated[Path, typer.Option("--out", help="Where the files go.")] = Path("generated"),
@@ -152,13 +152,15 @@ def generate(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a pretraining run, finished or not.")],
+    run: Annotated[
+        Path | None, typer.Argument(help="Folder of a pretraining run, finished or not; none shows the rest alone.")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="The token dataset, to show what went in.")] = None,
     version: Version = None,
     generated: Annotated[Path | None, typer.Option(help="Folder that `braid generate --out` wrote.")] = None,
     page: Annotated[Path, typer.Option("--out", help="The page to write.")] = Path("report.html"),
     row: Annotated[list[str] | None, typer.Option(help="A row of the dataset to show; some of all by default.")] = None,
-    title: Annotated[str | None, typer.Option(help="By default the run's name.")] = None,
+    title: Annotated[str | None, typer.Option(help="By default the name of the first that is shown.")] = None,
 ) -> None:
     """Write one HTML page: what went in, how it learned, what came out."""
     from pipelines.report.page import report as write

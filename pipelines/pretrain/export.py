@@ -49,12 +49,15 @@ def export_model(
         _write(folder, weights, model.config, vocabulary, about)
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, about: Mapping[str, Any] | None = None) -> None:
+def export_checkpoint(
+    checkpoint: Path, folder: Path, about: Mapping[str, Any] | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Write the model of a checkpoint to a folder, in one process and without a device.
 
     Args:
         checkpoint: its folder; its files are compared with their sha256 first.
         about: what `load_model` shall give back; by default what the checkpoint itself tells.
+        dtype: what its weights are rounded to; None is what the checkpoint has.
 
     Raises:
         CheckpointError: it is damaged.
@@ -72,7 +75,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, about: Mapping[str, Any] |
         "datasets": [{"dataset": part.dataset, "version": part.version} for part in recipe.data.parts],
         "recipe": dict(record.recipe),
     }
-    _write(folder, _once(weights), config, vocabulary, told if about is None else about)
+    rounded = {name: weight.to(dtype or weight.dtype) for name, weight in _once(weights).items()}
+    _write(folder, rounded, config, vocabulary, told if about is None else about)
 
 
 def _once(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
