@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class Checkpoint:
     """`Vocabulary.to_dict`."""
     guard: Mapping[str, Any]
     """`Guard.state_dict`: what losses were usual."""
+    tokenizers: Mapping[str, Any] | None = None
+    """Those of the dataset's recipe, which a model exported from here is used with; None where they are not known."""
 
 
 def state_of(model: ShardedTransformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -242,7 +244,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: it is missing, damaged, of another format, or of another step than the folder's name.
     """
     record = _record(path)
-    return Checkpoint(**{name: record[name] for name in Checkpoint.__dataclass_fields__})
+    return Checkpoint(**{name: record[name] for name in Checkpoint.__dataclass_fields__ if name in record})
 
 
 def load_checkpoint(
@@ -303,7 +305,8 @@ def _record(path: Path) -> dict[str, Any]:
             f"{file}: written in format {written}, this Braid reads {FORMAT_VERSION}; use the version "
             "of Braid that wrote it, or a newer one"
         )
-    missing = sorted({*Checkpoint.__dataclass_fields__, "files", "sha256"} - record.keys())
+    always = {field.name for field in fields(Checkpoint) if field.default is MISSING}
+    missing = sorted({*always, "files", "sha256"} - record.keys())
     if missing:
         raise DamagedCheckpointError(f"{file} is damaged: it has no {missing[0]}; {_remedy(path)}")
     if record["sha256"] != _sha256_of_record(record):

@@ -73,6 +73,7 @@ def export_checkpoint(
         "step": record.step,
         "tokens": record.step * recipe.tokens_per_step,
         "datasets": [{"dataset": part.dataset, "version": part.version} for part in recipe.data.parts],
+        "tokenizers": record.tokenizers,
         "recipe": dict(record.recipe),
     }
     rounded = {name: weight.to(dtype or weight.dtype) for name, weight in _once(weights).items()}

@@ -58,6 +58,9 @@ from pipelines.pretrain.telemetry import attention_peaks, by_modality
 from pipelines.pretrain.validate import CrossEntropy, Validator
 from pipelines.sequence import Vocabulary
 
+Tokenizers = dict[str, Any] | None
+"""The settings of a tokenize recipe."""
+
 
 def run(recipe: PretrainRecipe, console: Console | None = None) -> RunResult:
     """Start a run, go on with it, or say that it is finished; under `torchrun` or `srun` every rank calls it.
@@ -93,6 +96,7 @@ def _train(
     recipe: PretrainRecipe, data: RunData, loader: Loader, validator: Validator, ranks: Ranks, console: Console
 ) -> RunResult:
     folder, vocabulary, total = Path(recipe.output), data.vocabulary, recipe.total_steps
+    tokenizers = _tokenizers(recipe, data)
     model = model_of(recipe, model_config(recipe, vocabulary), ranks)
     share_codebook_directions(model, vocabulary, recipe.seed)
     optimizer = make_optimizer(model, recipe.optimizer)
@@ -114,7 +118,7 @@ def _train(
         ranks,
         metrics.say,
         Copying(Mirror.of(recipe, metrics.say) if ranks.first else None, recipe.checkpoints.keep),
-        _exporter(recipe, data) if recipe.checkpoints.export else None,
+        _exporter(recipe, data, tokenizers) if recipe.checkpoints.export else None,
         protected=lambda step: {target_of(recipe, step + 1)} if goes_back else set(),
     )
     roll_back = RollBack(
@@ -188,6 +192,7 @@ def _train(
                         recipe=recipe.model_dump(mode="json"),
                         vocabulary=vocabulary.to_dict(),
                         guard=guard.state_dict(),
+                        tokenizers=tokenizers,
                     )
                     waited = saver.save(state, model, optimizer)
                     if interrupted:
@@ -201,7 +206,7 @@ def _train(
     if validation is None and validator.targets:
         # The run was stopped between its last checkpoint and its end.
         validation = validator.evaluate(model)
-    export_model(folder / "model", model, vocabulary, _about(recipe, data), ranks)
+    export_model(folder / "model", model, vocabulary, _about(recipe, data, tokenizers), ranks)
     result = RunResult(
         folder=folder,
         steps=total,
@@ -319,11 +324,11 @@ def _opening(recipe: PretrainRecipe, loader: Loader, model: ShardedTransformer, 
     return "\n".join(lines)
 
 
-def _exporter(recipe: PretrainRecipe, data: RunData) -> Callable[[Path], None]:
+def _exporter(recipe: PretrainRecipe, data: RunData, tokenizers: Tokenizers) -> Callable[[Path], None]:
     """Exports the model of a checkpoint, beside those of others."""
 
     def export(checkpoint: Path) -> None:
-        about = _about(recipe, data)
+        about = _about(recipe, data, tokenizers)
         step = step_of(checkpoint)
         about |= {"step": step, "tokens": step * recipe.tokens_per_step}
         export_checkpoint(checkpoint, Path(recipe.output) / "exports" / checkpoint.name, about)
@@ -331,13 +336,8 @@ def _exporter(recipe: PretrainRecipe, data: RunData) -> Callable[[Path], None]:
     return export
 
 
-def _about(recipe: PretrainRecipe, data: RunData) -> dict[str, Any]:
+def _about(recipe: PretrainRecipe, data: RunData, tokenizers: Tokenizers) -> dict[str, Any]:
     """What a model's user needs beside its weights."""
-    storage = data.first.storage
-    names = storage.names("recipes")
-    tokenizers = yaml.safe_load(storage.read(f"recipes/{names[-1]}")).get("tokenizers") if names else None
-    if tokenizers and recipe.data.audio_codebooks:
-        tokenizers["audio"]["n_q"] = recipe.data.audio_codebooks
     return {
         "step": recipe.total_steps,
         "tokens": recipe.total_steps * recipe.tokens_per_step,
@@ -347,3 +347,13 @@ def _about(recipe: PretrainRecipe, data: RunData) -> dict[str, Any]:
         "tokenizers": tokenizers,
         "recipe": recipe.model_dump(mode="json"),
     }
+
+
+def _tokenizers(recipe: PretrainRecipe, data: RunData) -> Tokenizers:
+    """Those of the first dataset's newest recipe, with the codebooks that are trained on."""
+    storage = data.first.storage
+    names = storage.names("recipes")
+    tokenizers: Tokenizers = yaml.safe_load(storage.read(f"recipes/{names[-1]}")).get("tokenizers") if names else None
+    if tokenizers and recipe.data.audio_codebooks:
+        tokenizers["audio"]["n_q"] = recipe.data.audio_codebooks
+    return tokenizers

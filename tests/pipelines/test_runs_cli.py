@@ -19,11 +19,15 @@ from pipelines.pretrain.run import RunResult
 from tests.pipelines.corpora import make_dataset
 from tests.pipelines.training import run_recipe, trained
 
+TOKENIZERS = {"text": {"model": "mistral-v1"}, "image": {"checkpoint": "drawings"}, "audio": {"checkpoint": "speech"}}
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunResult]:
     folder = tmp_path_factory.mktemp("runs")
     dataset = make_dataset(folder / "tokens", units=3, rows=30)
+    (folder / "tokens/recipes").mkdir()
+    (folder / "tokens/recipes/0.yaml").write_text(json.dumps({"tokenizers": TOKENIZERS}))
     model = run_recipe(dataset, folder).model.model_dump() | {"tie_text_embeddings": True}
     return [
         trained(run_recipe(dataset, folder / name, model=model, optimizer={"learning_rate": rate}, **more))
@@ -62,9 +66,10 @@ def test_verify_names_a_damaged_file_and_ends_with_1(runs: list[RunResult], tmp_
 def test_an_exported_checkpoint_is_the_model_of_the_run(runs: list[RunResult], tmp_path: Path) -> None:
     _said("checkpoint", "export", runs[0].folder, "--out", tmp_path / "model")
     ours, vocabulary, about = load_model(tmp_path / "model")
-    theirs, expected, _ = load_model(runs[0].folder)
+    theirs, expected, about_theirs = load_model(runs[0].folder)
     assert vocabulary == expected
     assert about["step"] == 12
+    assert about["tokenizers"] == about_theirs["tokenizers"] == TOKENIZERS
     weights = ours.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in theirs.state_dict().items())
     assert ours.config.tie_text_embeddings
