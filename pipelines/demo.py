@@ -28,7 +28,11 @@ SHOWN_ROWS = 8
 PROMPTS = ("Un chat.", "Une pomme rouge.", "Un oiseau bleu.", "Une voiture.")
 """Captions; each goes on with a picture and then a voice, as the documents of the corpus do."""
 SHIPPED_MODEL = "spoken_drawings"
-SHIPPED_PROMPTS = ("en: red parrot, birds, animals", "fr: Une pomme rouge.", "de: house, buildings")
+SHIPPED_PROMPTS = (
+    "en: peru, america, flags, signs and symbols",
+    "de: parking, roadsigns, transportation",
+    "fr: red apple, fruit, food",
+)
 TEXT_PROMPTS = ("The package", "Debian", "You can use", "The file system")
 
 
@@ -75,7 +79,7 @@ def main() -> None:
     _braid(console, "evaluate", str(run), str(tokens), *measured)
     _title(console, "8  And the model that comes with Braid, which has learned from more of the same")
     for prompt in SHIPPED_PROMPTS:
-        _generate(console, SHIPPED_MODEL, prompt, shipped, "--want", "image", "--want", "audio", "--guidance", "2")
+        _generate(console, SHIPPED_MODEL, prompt, shipped, "--want", "image", "--want", "audio", "--guidance", "3")
     _braid(console, "report", "--generated", str(shipped), "--title", "spoken_drawings", "--out", str(shipped_page))
     _title(console, "9  One page of it all")
     inputs = ["--dataset", str(tokens), "--generated", str(generated), *(f"--row={row}" for row in shown)]

@@ -32,6 +32,8 @@ FORMATS = frozenset({"WAV", "WAVEX", "FLAC", "OGG", "MP3"})
 _BLOCK_SAMPLES = 2**18
 """Samples of all channels together that are decoded at once."""
 
+_INT16_SCALE = np.float32(2**-15)
+
 _UNKNOWN_FRAMES = 2**62
 """libsndfile's length of a FLAC file that does not say its own is about this."""
 
@@ -133,7 +135,11 @@ def _blocks(
                 resampler = soxr.ResampleStream(rate_hz, sample_rate_hz, 1, dtype="float32", quality="VHQ")
             decoded = 0
             size = _BLOCK_SAMPLES // file.channels
-            while len(samples := file.read(size, dtype="float32", always_2d=True)):
+            # libsndfile scales by the same power of two, but one sample at a time.
+            integers = file.subtype == "PCM_16"
+            while len(samples := file.read(size, dtype="int16" if integers else "float32", always_2d=True)):
+                if integers:
+                    samples = samples * _INT16_SCALE
                 # Finite numbers may add up to what is not; the caller looks.
                 with np.errstate(over="ignore", invalid="ignore"):
                     mono = samples[:, 0] if file.channels == 1 else samples.mean(axis=1, dtype=np.float32)

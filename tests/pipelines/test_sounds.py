@@ -109,3 +109,15 @@ def test_loudness_never_pushes_a_peak_beyond_full_scale_nor_wakes_silence() -> N
     click[50] = 0.5
     assert np.abs(normalise_loudness(click, -10.0)).max() == pytest.approx(1.0)
     assert not normalise_loudness(np.zeros(100, np.float32), -23.0).any()
+
+
+@pytest.mark.parametrize("file_format", ["WAV", "FLAC"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_samples_of_16_bits_are_those_that_libsndfile_makes_of_them(file_format: str, channels: int) -> None:
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, (5000, channels), dtype=np.int16)
+    samples[:2] = [[-(2**15)] * channels, [2**15 - 1] * channels]
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, subtype="PCM_16", format=file_format)
+    floats, _ = soundfile.read(io.BytesIO(file.getvalue()), dtype="float32", always_2d=True)
+    expected = floats.mean(axis=1, dtype=np.float32)
+    assert np.array_equal(load_sound(file.getvalue(), "x", RATE), expected)
