@@ -34,6 +34,7 @@ from benchmarks.units import one_unit, whole_unit
 from pipelines.corpus.documents import Document
 from pipelines.shards.schema import Row
 from pipelines.shards.writer import ShardWriter
+from pipelines.tokenize.layout import laid_out
 from pipelines.tokenize.prepare import Prepared
 from pipelines.tokenize.worker import ON_GPU, UnitWorker
 from pipelines.tokenizers import clip_batches, gpu_batches
@@ -128,7 +129,7 @@ def stages(worker: UnitWorker, count: int) -> dict[str, float]:
     prepared = timed("decode", lambda: [worker._preparation.prepare(unit.source, item) for item in documents])
     assert all(isinstance(item, Prepared) for item in prepared)
     codes = timed("fill batches", lambda: worker._stage(prepared)()())
-    rows = timed("lay out", lambda: list(worker._laid_out(prepared, codes)))
+    rows = timed("lay out", lambda: list(laid_out(prepared, codes, worker.vocabulary)))
     assert all(isinstance(row, Row) for row in rows)
     rows = [row for _ in range(-(-everything // count)) for row in rows][:everything]
     count = everything

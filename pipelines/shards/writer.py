@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import uuid
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -121,6 +122,16 @@ class ShardWriter:
             with suppress(OSError):
                 self._writer.close()
             self._temporary.unlink(missing_ok=True)
+
+    def take(self, results: Iterable[Row | Reject | Dropped]) -> None:
+        """Add rows, and count what stands for documents that have none."""
+        for result in results:
+            if isinstance(result, Reject):
+                self.reject(result)
+            elif isinstance(result, Dropped):
+                self.drop(result)
+            else:
+                self.add(result)
 
     def add(self, row: Row) -> None:
         self._pending.append(row)

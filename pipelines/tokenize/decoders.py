@@ -7,7 +7,6 @@ its worker.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import pickle
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from itertools import accumulate
 
 import numpy as np
@@ -25,7 +23,8 @@ from pipelines.corpus.documents import Document, Dropped, Reject
 from pipelines.corpus.errors import TransientError
 from pipelines.tokenize.ahead import mapped
 from pipelines.tokenize.decoder import Place, aligned
-from pipelines.tokenize.prepare import Preparation, Prepared
+from pipelines.tokenize.pipes import send, started
+from pipelines.tokenize.prepare import Item, Preparation
 
 CHUNK_DOCUMENTS = 16
 CHUNK_BYTES = 4 * 2**20
@@ -35,15 +34,10 @@ that fills so many bytes of its files."""
 PLACE_BYTES = 2**24
 """Of shared memory for the arrays of one chunk. What does not fit comes through a pipe."""
 
-PIPE_BYTES = 2**20
-"""Of the pipe to a decoder, in place of 64 kB."""
-
 PLACES = 160
 """Enough for the windows in memory. Where none is free, arrays come through pipes."""
 
 _SWITCH_S = 2e-4
-
-Item = Prepared | Reject | Dropped
 
 
 class Decoders:
@@ -65,19 +59,9 @@ class Decoders:
             self._start()
 
     def _start(self) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.tokenize.decoder", str(self._descriptor)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[self._descriptor],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        )
+        process = started("pipelines.tokenize.decoder", self._descriptor)
         self._processes.append(process)
-        assert process.stdin
-        with suppress(OSError):
-            # Where there are many pipes the kernel may refuse; then a file takes more turns to go through.
-            fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        _send(process, self._preparation)
+        send(process, self._preparation)
         self._idle.put(process)
 
     def _replace(self, ended: subprocess.Popen[bytes]) -> None:
@@ -121,7 +105,7 @@ class Decoders:
             place = (0, 0)
         process = self._idle.get()
         try:
-            _send(process, (source, place, documents))
+            send(process, (source, place, documents))
             assert process.stdout
             data, sizes, buffers = pickle.load(process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
@@ -146,12 +130,6 @@ class Decoders:
         if isinstance(found, str):
             raise RuntimeError(f"at one of the {len(documents)} documents from {documents[0].source} on:\n{found}")
         return found
-
-
-def _send(process: subprocess.Popen[bytes], message: object) -> None:
-    assert process.stdin
-    pickle.dump(message, process.stdin, protocol=5)
-    process.stdin.flush()
 
 
 def _chunks(items: Iterable[Document | Reject | Dropped]) -> Iterator[list[Document | Reject | Dropped]]:

@@ -66,6 +66,10 @@ class Prepared:
         return replace(self, parts=parts)
 
 
+Item = Prepared | Reject | Dropped
+"""A document on its way to the tokenizers, or what stands for it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shapes:
     """What the tokenizers take; None where there is no tokenizer."""

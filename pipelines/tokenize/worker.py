@@ -2,7 +2,8 @@
 
 Enters: a `WorkUnit`. Leaves: its shard in the dataset's folder, not yet committed. Always holds: what a unit gives
 depends on the unit and the recipe alone, and memory is bounded by a few windows of decoded documents. On a CPU reading,
-decoding, encoding and writing take turns; on a GPU each runs ahead of the next, and decoders are processes.
+decoding, encoding and writing take turns; on a GPU each runs ahead of the next, and what decodes and what writes are
+processes of their own.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import torch
 
 from pipelines.corpus.documents import Document, Dropped, Reject
 from pipelines.corpus.errors import StoreError
-from pipelines.interleave import EncodedSpan, interleave
-from pipelines.sequence import Modality, SequenceError, Vocabulary
-from pipelines.shards.schema import Row
+from pipelines.sequence import Modality, Vocabulary
 from pipelines.shards.storage import Storage
 from pipelines.shards.writer import ShardWriter, WrittenShard
 from pipelines.tokenize.ahead import ahead
-from pipelines.tokenize.decoders import Decoders, Item
-from pipelines.tokenize.prepare import Choice, Preparation, Prepared
+from pipelines.tokenize.decoders import Decoders
+from pipelines.tokenize.layout import Codes, Result, rows_of
+from pipelines.tokenize.prepare import Choice, Item, Preparation, Prepared
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.tokenizers import Tokenizers
 from pipelines.tokenize.units import WorkUnit
+from pipelines.tokenize.writing import WritingProcess
 from pipelines.tokenizers.vqgan import ImageTokenizer
 
 
@@ -49,9 +50,6 @@ ON_GPU = Window(documents=256, size=256 * 2**20, first=64)
 something to do, and goes on with it while the next ones are decoded. Up to five windows are in memory: one being decoded,
 one being copied to where the GPU fetches it, one that waits before each of the two, and one on its way to the GPU."""
 
-Result = Row | Reject | Dropped
-Codes = dict[Modality, list[np.ndarray]]
-"""Of a window's media and texts, in their order."""
 Start = Callable[[], Callable[[], Codes]]
 """Begins to encode a window, and gives what waits for its codes. To be called once."""
 
@@ -71,6 +69,7 @@ class UnitWorker:
         self.decoders = 0 if device == "cpu" else max(1, int(recipe.cluster.cpus_per_worker))
         """Processes that decode while the tokenizers encode; without any, all stages take turns."""
         self._decoders: Decoders | None = None
+        self._writing = WritingProcess(recipe.dataset, self.vocabulary)
         choices = {s.name: Choice(filters=s.filters, weight=s.weight, seed=s.seed) for s in recipe.sources}
         shapes = self.tokenizers.shapes
         self._preparation = Preparation(settings=recipe.tokenizers, shapes=shapes, choices=choices)
@@ -91,42 +90,33 @@ class UnitWorker:
             )
 
     def close(self) -> None:
-        """End the decoders, if there are any."""
+        """End decoders and writer, if there are any."""
+        self._writing.close()
         if self._decoders:
             self._decoders.close()
             self._decoders = None
 
     def run(self, unit: WorkUnit) -> WrittenShard:
         """Read, decode, tokenize, interleave and write one unit."""
-        beside = bool(self.decoders)
-        with ShardWriter(self._storage, self.vocabulary, unit.id, unit.record(), beside=beside) as writer:
-            for result in self.rows(unit):
-                if isinstance(result, Reject):
-                    writer.reject(result)
-                elif isinstance(result, Dropped):
-                    writer.drop(result)
-                else:
-                    writer.add(result)
+        if self.decoders:
+            with closing(self._windows(unit)) as windows:
+                return self._writing.write(unit, windows)
+        with ShardWriter(self._storage, self.vocabulary, unit.id, unit.record()) as writer:
+            writer.take(self.rows(unit))
             return writer.finish()
 
     def rows(self, unit: WorkUnit) -> Iterator[Result]:
         """The rows of a unit, what had to be rejected and what a filter took out, in the order of the corpus."""
-        seen: set[str] = set()
+        with closing(self._windows(unit)) as windows:
+            yield from rows_of(windows, self.vocabulary)
+
+    def _windows(self, unit: WorkUnit) -> Generator[tuple[list[Item], Codes], None, None]:
+        """The windows of a unit with their codes."""
         source = self._sources[unit.source]
         windows = _windows(self._prepared(unit.source, source.read(unit.slices)), self.window)
         if self.decoders:
-            encoded = ahead(self._encoded(ahead(self._staged(ahead(windows, "read")), "stage")), "encode")
-        else:
-            encoded = self._encoded(self._staged(windows))
-        with closing(encoded):
-            for window, codes in encoded:
-                for result in self._laid_out(window, codes):
-                    if isinstance(result, Row):
-                        if result.row_id in seen:
-                            yield _twice(result)
-                            continue
-                        seen.add(result.row_id)
-                    yield result
+            return ahead(self._encoded(ahead(self._staged(ahead(windows, "read")), "stage")), "encode")
+        return self._encoded(self._staged(windows))
 
     def _prepared(self, source: str, items: Iterable[Document | Reject | Dropped]) -> Iterator[Item]:
         if not self.decoders:
@@ -173,50 +163,6 @@ class UnitWorker:
 
         return start
 
-    def _laid_out(self, window: list[Item], codes: Codes) -> Iterator[Result]:
-        """Each document of a window as a row, or as what stands for it."""
-        left = {modality: iter(parts) for modality, parts in codes.items()}
-        for item in window:
-            if not isinstance(item, Prepared):
-                yield item
-                continue
-            spans = [
-                EncodedSpan(
-                    modality=part.modality,
-                    codes=np.asarray(part.payload) if part.encoded else next(left[part.modality]),
-                    uri=part.uri,
-                )
-                for part in item.parts
-            ]
-            # A normalizer may leave nothing of a text, such as one of zero-width spaces.
-            yield self._row(item, [span for span in spans if span.codes.size])
-
-    def _row(self, document: Prepared, spans: list[EncodedSpan]) -> Row | Reject:
-        if not spans:
-            return Reject(
-                source=document.source,
-                position=document.position,
-                reason="text: empty",
-                error=f"{document.source}: the text tokenizer makes no piece of this text; remove the document",
-            )
-        try:
-            sequence = interleave(self.vocabulary, spans)
-        except SequenceError as error:
-            # Only codes that came as such can break the contract.
-            return Reject(
-                source=document.source,
-                position=document.position,
-                reason="tokens: not a document",
-                error=f"{document.source}: {error}",
-            )
-        return Row(
-            row_id=document.row_id,
-            content_hash=document.content_hash,
-            source=document.source,
-            sequence=sequence,
-            raw_bytes=document.raw_bytes,
-        )
-
 
 def _start_by_shape(tokenizer: ImageTokenizer, pictures: list[np.ndarray]) -> Callable[[], list[np.ndarray]]:
     """Begin to encode pictures, those of one shape in one call; what is returned gives the codes of each, in order."""
@@ -230,15 +176,6 @@ def _start_by_shape(tokenizer: ImageTokenizer, pictures: list[np.ndarray]) -> Ca
         return [codes[index] for index in range(len(pictures))]
 
     return result
-
-
-def _twice(row: Row) -> Reject:
-    return Reject(
-        source=row.source,
-        position=0,
-        reason="row id: twice",
-        error=f"{row.source}: a document with this identity came before it; give each record an id of its own",
-    )
 
 
 def _payloads(documents: Iterable[Prepared], modality: Modality) -> list:  # type: ignore[type-arg]

@@ -1,22 +1,27 @@
 """A unit that is read, decoded, encoded and written at once, as on a GPU: the same rows, and nothing is left running."""
 
 import dataclasses
+import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.corpus.documents import Reject
 from pipelines.corpus.errors import TransientError
 from pipelines.sequence import Modality
 from pipelines.shards.schema import Row
-from pipelines.tokenize import decoders
+from pipelines.tokenize import decoders, pipes
 from pipelines.tokenize.ahead import mapped
-from pipelines.tokenize.decoders import Decoders, Item
-from pipelines.tokenize.prepare import Part, Prepared
+from pipelines.tokenize.decoders import Decoders
+from pipelines.tokenize.layout import Codes
+from pipelines.tokenize.prepare import Item, Part, Prepared
 from pipelines.tokenize.units import WorkUnit, grouped
 from pipelines.tokenize.worker import UnitWorker, Window, _windows
 from tests.pipelines.tiny import tiny_recipe
@@ -62,6 +67,64 @@ def test_decoders_change_no_row_and_no_order(worker: UnitWorker, window: Window)
     assert len(expected) == 42
     assert own_threads() == []
     assert len(of(worker)._free) == decoders.PLACES
+
+
+def test_a_unit_that_a_process_writes_is_the_one_that_the_worker_writes(worker: UnitWorker) -> None:
+    def written() -> list[tuple[int, int, dict[str, Any], pa.Table]]:
+        shards = [worker.run(unit) for unit in units(worker)]
+        folder = Path(worker.recipe.dataset) / "shards"
+        return [(s.rows, s.rejects, s.statistics, pq.read_table(folder / s.name)) for s in shards]
+
+    expected = written()
+    worker.decoders = 2
+    for _ in range(2):
+        assert written() == expected
+    assert leftovers(worker) == []
+
+
+def test_a_killed_writer_fails_its_unit_and_the_next_try_goes_well(worker: UnitWorker) -> None:
+    worker.decoders = 1
+    unit = max(units(worker), key=lambda unit: unit.size)
+    expected = worker.run(unit).rows
+    process = worker._writing._process
+    assert process
+    process.kill()
+    with pytest.raises(TransientError, match=rf"writes ended with exit code -9, at unit {unit.id}; .*cpus_per_worker"):
+        worker.run(unit)
+    assert own_threads() == []
+    assert worker.run(unit).rows == expected
+
+
+def test_a_unit_that_fails_before_it_is_written_leaves_nothing_behind(worker: UnitWorker) -> None:
+    worker.decoders, worker.window = 1, Window(documents=1, size=2**20)
+    unit = max(units(worker), key=lambda unit: unit.size)
+    worker.run(unit)
+
+    def failing(unit: WorkUnit) -> Generator[tuple[list[Item], Codes], None, None]:
+        yield from itertools.islice(UnitWorker._windows(worker, unit), 2)
+        raise TransientError("the GPU fell off")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "_windows", failing)
+        with pytest.raises(TransientError, match="fell off"):
+            worker.run(unit)
+    assert leftovers(worker) == []
+    assert worker.run(unit).rows
+
+
+def test_what_keeps_the_writer_from_writing_is_told(worker: UnitWorker) -> None:
+    worker.decoders = 1
+    shards = Path(worker.recipe.dataset) / "shards"
+    shards.parent.mkdir(parents=True)
+    shards.touch()
+    with pytest.raises(FileExistsError, match="shards"):
+        worker.run(units(worker)[0])
+    shards.unlink()
+    assert worker.run(units(worker)[0]).name
+
+
+def leftovers(worker: UnitWorker) -> list[Path]:
+    return list(Path(worker.recipe.dataset).rglob("*.part"))
 
 
 def test_windows_grow_from_a_small_first_one_up_to_their_bounds() -> None:
@@ -137,7 +200,7 @@ def test_a_decoder_that_cannot_be_started_again_is_missed_and_not_waited_for(
         raise OSError(12, "Cannot allocate memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoders.subprocess, "Popen", no_memory)
+        patch.setattr(pipes.subprocess, "Popen", no_memory)
         for _ in range(2):
             with pytest.raises(OSError, match="Cannot allocate memory"):
                 list(results(worker))
@@ -160,6 +223,11 @@ def test_decoders_end_with_their_worker(worker: UnitWorker) -> None:
     assert [process.poll() for process in processes] == [None, None]
     worker.close()
     assert all(process.poll() is not None for process in processes)
+    worker.run(units(worker)[0])
+    writer = worker._writing._process
+    assert writer
+    worker.close()
+    assert writer.poll() == 0
 
 
 def test_a_caller_that_stops_leaves_no_thread(worker: UnitWorker) -> None:

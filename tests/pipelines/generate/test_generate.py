@@ -14,6 +14,7 @@ from pipelines.generate import GenerateError, Generator, Prompt, Request, Sampli
 from pipelines.generate.prompt import encode_prompt
 from pipelines.interleave import EncodedSpan
 from pipelines.sequence import Modality, SequenceError, Vocabulary, VocabularyError, parse
+from pipelines.tokenize.layout import laid_out
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.tokenizers import Tokenizers
 from tests.pipelines import tiny
@@ -129,7 +130,7 @@ def test_files_as_prompt_go_through_the_preprocessing_of_the_dataset(
     document = Document(source="s", position=0, spans=tuple(spans))
     prepared = prepare(document, Filters(), recipe.tokenizers, worker.tokenizers.shapes)
     assert isinstance(prepared, Prepared)
-    [row] = worker._laid_out([prepared], worker._stage([prepared])()())
+    [row] = laid_out([prepared], worker._stage([prepared])()(), worker.vocabulary)
     encoded = encode_prompt(["the fox", *files], generator.vocabulary, generator.tokenizers)
     assert encoded.token_ids.tolist() == row.sequence.token_ids[:-1].tolist()  # type: ignore[union-attr]
     assert encoded.modality_ids.tolist() == row.sequence.modality_ids[:-1].tolist()  # type: ignore[union-attr]

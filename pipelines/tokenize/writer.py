@@ -1,0 +1,72 @@
+"""One process that lays out and writes: `python -m pipelines.tokenize.writer`, started by `pipelines.tokenize.writing`.
+
+Enters, on standard input, as pickles of our own parent: dataset and vocabulary, then for each unit its id and record, its
+windows, and None. Leaves, on standard output: a `WrittenShard` for each, or the error that ended it, with which the process
+ends, too. Always holds: it ends when its input does, and takes what is half-written with it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from pipelines.shards.storage import Storage
+from pipelines.shards.writer import ShardWriter
+from pipelines.tokenize.layout import Codes, rows_of
+from pipelines.tokenize.prepare import Item
+
+
+class _GoneError(Exception):
+    """The parent has given the unit up."""
+
+
+def main() -> None:
+    given, answer = sys.stdin.buffer, sys.stdout.buffer
+    # What a library prints must not get between the answers.
+    sys.stdout = sys.stderr
+    dataset, vocabulary = pickle.load(given)
+    storage = Storage.of(dataset)
+    while True:
+        try:
+            unit, record = pickle.load(given)
+        except EOFError:
+            return
+        try:
+            with ShardWriter(storage, vocabulary, unit, record, beside=True) as writer:
+                writer.take(rows_of(_windows(given), vocabulary))
+                written = writer.finish()
+        except _GoneError:
+            return
+        except Exception as error:
+            pickle.dump(_sendable(error), answer, protocol=5)
+            answer.flush()
+            return
+        pickle.dump(written, answer, protocol=5)
+        answer.flush()
+
+
+def _windows(given: BinaryIO) -> Iterator[tuple[list[Item], Codes]]:
+    while True:
+        try:
+            window = pickle.load(given)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise _GoneError from error
+        if window is None:
+            return
+        yield window
+
+
+def _sendable(error: Exception) -> Exception | str:
+    """The error, or its traceback where it does not survive the way."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return traceback.format_exc()
+    return error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""A process that lays out and writes beside a worker whose GPU encodes.
+
+Enters: a unit's windows of encoded documents. Leaves: its `WrittenShard`. Always holds: windows go through one pipe, so a
+writer that is slow holds the worker up; what is half-written goes when the unit fails; and the process ends with its worker.
+
+Why a process: NumPy gives Python's lock away in each operation on more than 500 numbers, and beside the threads that read,
+stage and encode it takes long to come back.
+"""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+from collections.abc import Iterable
+
+from pipelines.corpus.errors import TransientError
+from pipelines.sequence import Vocabulary
+from pipelines.shards.writer import WrittenShard
+from pipelines.tokenize.layout import Codes
+from pipelines.tokenize.pipes import send, started
+from pipelines.tokenize.prepare import Item
+from pipelines.tokenize.units import WorkUnit
+
+
+class WritingProcess:
+    """Writes units of one dataset, and is kept from unit to unit.
+
+    Args:
+        dataset: folder or URI.
+    """
+
+    def __init__(self, dataset: str, vocabulary: Vocabulary) -> None:
+        self._dataset, self._vocabulary = dataset, vocabulary
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def write(self, unit: WorkUnit, windows: Iterable[tuple[list[Item], Codes]]) -> WrittenShard:
+        """Write a unit.
+
+        Raises:
+            TransientError: the process ended, such as for want of memory.
+            Exception: what it met while it wrote, or what making the windows raised.
+        """
+        process = self._process = self._process or self._started()
+        try:
+            answer = self._asked(process, unit, windows)
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(answer, WrittenShard):
+            return answer
+        self.close()
+        if isinstance(answer, str):
+            raise RuntimeError(f"while unit {unit.id} was written:\n{answer}")
+        raise answer
+
+    def close(self) -> None:
+        """End the process, which takes away what it has half-written, and wait for it."""
+        if self._process:
+            process, self._process = self._process, None
+            process.communicate()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        process = started("pipelines.tokenize.writer")
+        send(process, (self._dataset, self._vocabulary))
+        return process
+
+    def _asked(
+        self, process: subprocess.Popen[bytes], unit: WorkUnit, windows: Iterable[tuple[list[Item], Codes]]
+    ) -> WrittenShard | Exception | str:
+        assert process.stdout
+        try:
+            try:
+                send(process, (unit.id, unit.record()))
+                for window in windows:
+                    send(process, window)
+                send(process, None)
+            except BrokenPipeError:
+                # It has stopped listening: perhaps it says why.
+                pass
+            answer: WrittenShard | Exception | str = pickle.load(process.stdout)
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise TransientError(
+                f"the process that writes ended with exit code {process.wait()}, at unit {unit.id}; if it was for want "
+                "of memory, lower cluster.cpus_per_worker"
+            ) from error
+        return answer
