@@ -128,7 +128,7 @@ class CublasLt:
 
             return run
 
-        return [product(each.algorithm) for each in found[: count.value]]
+        return [product(each.algorithm) for each in found[: count.value] if each.state == 0]
 
     def _matrix(self, rows: int, columns: int, type: torch.dtype, transposed: bool) -> ctypes.c_void_p:
         """The layout of a matrix as it is stored."""
