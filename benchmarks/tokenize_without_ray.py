@@ -17,10 +17,15 @@ from typing import Any, Self
 
 
 def _without_ray() -> None:
-    """Names that `pipelines.tokenize.pool` imports, and that nothing here calls."""
+    """Whatever of Ray `pipelines.tokenize.pool` imports; nothing here calls it."""
     ray, exceptions = types.ModuleType("ray"), types.ModuleType("ray.exceptions")
-    for name in ("ActorUnavailableError", "RayActorError", "RayTaskError"):
-        setattr(exceptions, name, type(name, (Exception,), {}))
+
+    def error(name: str) -> type[Exception]:
+        if not name.endswith("Error"):
+            raise AttributeError(name)
+        return type(name, (Exception,), {})
+
+    exceptions.__getattr__ = error  # type: ignore[method-assign]
     ray.exceptions = exceptions  # type: ignore[attr-defined]
     sys.modules |= {"ray": ray, "ray.exceptions": exceptions}
 

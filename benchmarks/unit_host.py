@@ -5,8 +5,8 @@ The unit callable goes the way that it goes beside a GPU (decoders are processes
 codes of the shapes that the released tokenizers give: 16 x 16 of 16,384 a picture, 75 frames of 8 codes of 1,024 a second. It
 has them at once, and what is left is what a GPU would have to wait for; or it takes `--picture-ms` and `--clip-ms` for each
 item, and what a unit takes beyond that is what a GPU of that speed would stand still. Printed are items a second,
-milliseconds of CPU an item by thread of the worker's process and of the decoders (`--decoders` processes that share this
-machine's cores with it), and each stage alone.
+milliseconds of CPU an item by thread of the worker's process, of the decoders (`--decoders` processes that share this
+machine's cores with it) and of the process that writes, and each stage alone.
 """
 
 from __future__ import annotations
@@ -79,16 +79,17 @@ def whole(what: str, worker: UnitWorker, count: int, arguments: argparse.Namespa
     """Units, all stages at once: the median one of them."""
     worker.window, worker.decoders = ON_GPU, arguments.decoders
     one_unit(worker)
-    units: list[tuple[float, dict[str, float], float]] = []
+    units: list[tuple[float, dict[str, float], float, float]] = []
     for _ in range(arguments.repeat):
-        before = _decoders_seconds(worker)
+        before = _decoders_seconds(worker), _writer_seconds(worker)
         with seconds_by_thread() as threads:
             took, name = one_unit(worker)
-        units.append((count / took, threads, _decoders_seconds(worker) - before))
+        decoders, writer = _decoders_seconds(worker) - before[0], _writer_seconds(worker) - before[1]
+        units.append((count / took, threads, decoders, writer))
         (Path(worker.recipe.dataset) / "shards" / name).unlink()
     worker.close()
     worker.decoders = 0
-    rate, threads, decoders = sorted(units, key=lambda unit: unit[0])[len(units) // 2]
+    rate, threads, decoders, writer = sorted(units, key=lambda unit: unit[0])[len(units) // 2]
     return {
         "what": f"{what}: a unit beside a stand-in for the GPU, {arguments.decoders} decoders",
         "rate": round(rate, 1),
@@ -96,6 +97,7 @@ def whole(what: str, worker: UnitWorker, count: int, arguments: argparse.Namespa
         "threads": {name: round(1e3 * seconds / count, 4) for name, seconds in sorted(threads.items())},
         "process": round(1e3 * sum(threads.values()) / count, 4),
         "decoders": round(1e3 * decoders / count, 4),
+        "writer": round(1e3 * writer / count, 4),
         "times": f"ms of CPU, by thread of the process, of {what[:-1]}",
         "hardware": hardware(),
     }
@@ -273,6 +275,13 @@ def seconds_by_thread() -> Iterator[dict[str, float]]:
 def _decoders_seconds(worker: UnitWorker) -> float:
     assert worker._decoders
     return sum(_seconds(f"/proc/{process.pid}") for process in worker._decoders._processes)
+
+
+def _writer_seconds(worker: UnitWorker) -> float:
+    """Of all its threads, also of those that have ended; in hundredths of a second."""
+    assert worker._writing._process
+    stat = Path(f"/proc/{worker._writing._process.pid}/stat").read_text(encoding="ascii")
+    return sum(map(int, stat.rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def _seconds(task: str) -> float:

@@ -1,7 +1,7 @@
 """Matrix products of a GPU by the kernel of cuBLASLt that is fastest for their shape.
 
-torch takes the kernel that the library's heuristics name first, and offers no way to take another; here all that they name
-are timed once for each shape (`benchmarks.train_step`, sections tune and variants, says what that gives). Enters: row-major
+torch takes the kernel that cuBLAS chooses, and offers no way to take another; here all that the heuristics of cuBLASLt name
+are timed once for each shape (`benchmarks.train_step`, sections tune and step, says what that gives). Enters: row-major
 matrices, each contiguous or the transpose of one that is. Leaves: the same product, summed in float32. Always holds: where
 the library cannot be called in this way, nothing is done and the caller is told so.
 
@@ -31,7 +31,7 @@ _ALIGNMENT_BYTES = 256
 """Of matrices for which the heuristics choose unless told otherwise; torch allocates with more."""
 ROUNDS, TURN_MS = 2, 120
 """In a few milliseconds a GPU does not reach the clock that its power limit leaves it, and the kernels that are fastest then
-are others: on an H200 up to 13% slower than what they promised (`benchmarks.train_step`, section tune)."""
+are others: on an H200 up to 17% slower than what they promised (`benchmarks.train_step`, section tune)."""
 
 
 class _Found(ctypes.Structure):
@@ -174,12 +174,12 @@ class Fastest:
 
     def _fastest(self, layout: Layout, out: Tensor, left: Tensor, right: Tensor, by_torch: Product) -> Product | None:
         try:
+            scratch = torch.zeros_like(out) if layout.add else out
             products = [by_torch, *self._library.kernels(layout)]
-        except (OSError, AttributeError) as error:
-            _log.warning("products by torch's choice of kernel: cuBLASLt cannot be asked for others (%s)", error)
+            ms = timed(products, [(scratch, left, right)], ROUNDS, TURN_MS)
+        except (OSError, AttributeError, torch.OutOfMemoryError) as error:
+            _log.warning("%s is made by the kernel of torch's choice, for others cannot be tried: %s", layout, error)
             return None
-        scratch = torch.zeros_like(out) if layout.add else out
-        ms = timed(products, [(scratch, left, right)], ROUNDS, TURN_MS)
         best = min(range(len(ms)), key=ms.__getitem__)
         _log.debug("%s: %.3f ms by torch, %.3f by kernel %d of %d", layout, ms[0], ms[best], best, len(ms) - 1)
         return products[best] if best else None

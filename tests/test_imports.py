@@ -64,3 +64,8 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_job_without_ray_finds_all_that_it_imports_of_ray() -> None:
+    script = "from benchmarks import tokenize_without_ray as b; b._without_ray(); import pipelines.tokenize.pool"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

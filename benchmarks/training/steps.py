@@ -9,6 +9,8 @@ import time
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from benchmarks.packed_workload import executed_flops, make_steps
 from benchmarks.training.breakdown import profile
 from benchmarks.training.records import (
@@ -79,6 +81,8 @@ def start_sampling() -> subprocess.Popen[str] | None:
         return None
     query = [
         "nvidia-smi",
+        # Else it tells of all GPUs of the host.
+        f"--id=GPU-{torch.cuda.get_device_properties(device()).uuid}",
         "--query-gpu=clocks.sm,power.draw,temperature.gpu",
         "--format=csv,noheader,nounits",
         "-lms",

@@ -165,5 +165,7 @@ def report(
     """Write one HTML page: what went in, how it learned, what came out."""
     from pipelines.report.page import report as write
 
+    if run is None and dataset is None and generated is None:
+        raise typer.BadParameter("there is nothing to show: name a run, --dataset or --generated")
     written = write(page, run=run, dataset=dataset, version=version, generated=generated, rows=row or 12, title=title)
     out.print(f"Open {written}", markup=False, highlight=False, soft_wrap=True)

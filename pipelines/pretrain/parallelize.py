@@ -122,6 +122,7 @@ def join_ranks(device: str = "auto", threads: int | None = None, hang_s: float =
     finally:
         dist.destroy_process_group()
         torch.use_deterministic_algorithms(deterministic)
+        products.tune(False)
 
 
 class ShardedTransformer(UnifiedTransformer, FSDPModule):

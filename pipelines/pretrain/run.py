@@ -31,9 +31,9 @@ from pipelines.shards.storage import Storage
 
 _MAY_CHANGE = (
     "threads", "logging.", "data.prefetch", "data.workers", "checkpoints.", "validation.every", "faults.hang_s",
-    "faults.nonfinite_steps", "sharding.",
+    "faults.nonfinite_steps", "sharding.", "keep", "tune",
 )  # fmt: skip
-"""Keys of a recipe that a run may go on with another value of: they change nothing that is learned."""
+"""Keys of a recipe that a run may go on with another value of: they change nothing that is learned, but for rounding."""
 
 
 _OF_A_STAGE = {"from_step", "steps", "tokens", "data.version", "schedule.warmup_steps", "schedule.decay_steps"}

@@ -13,6 +13,7 @@ import sys
 import traceback
 
 from pipelines.corpus.errors import TransientError
+from pipelines.tokenize.pipes import channels
 from pipelines.tokenize.prepare import Preparation
 
 _ALIGNMENT = 64
@@ -23,9 +24,7 @@ Place = tuple[int, int]
 
 def main() -> None:
     memory = mmap.mmap(int(sys.argv[1]), 0)
-    given, answer = sys.stdin.buffer, sys.stdout.buffer
-    # What a library prints must not get between the answers.
-    sys.stdout = sys.stderr
+    given, answer = channels()
     preparation: Preparation = pickle.load(given)
     while True:
         try:

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from contextlib import suppress
+from typing import BinaryIO
 
 PIPE_BYTES = 2**20
 """Of the pipe to a process, in place of 64 kB."""
@@ -39,3 +40,10 @@ def send(process: subprocess.Popen[bytes], message: object) -> None:
     assert process.stdin
     pickle.dump(message, process.stdin, protocol=5)
     process.stdin.flush()
+
+
+def channels() -> tuple[BinaryIO, BinaryIO]:
+    """In such a process: what it is given, and where its answers go. What anything else prints goes to standard error."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return sys.stdin.buffer, answers

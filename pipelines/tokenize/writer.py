@@ -8,7 +8,6 @@ ends, too. Always holds: it ends when its input does, and takes what is half-wri
 from __future__ import annotations
 
 import pickle
-import sys
 import traceback
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -16,6 +15,7 @@ from typing import BinaryIO
 from pipelines.shards.storage import Storage
 from pipelines.shards.writer import ShardWriter
 from pipelines.tokenize.layout import Codes, rows_of
+from pipelines.tokenize.pipes import channels
 from pipelines.tokenize.prepare import Item
 
 
@@ -24,9 +24,7 @@ class _GoneError(Exception):
 
 
 def main() -> None:
-    given, answer = sys.stdin.buffer, sys.stdout.buffer
-    # What a library prints must not get between the answers.
-    sys.stdout = sys.stderr
+    given, answer = channels()
     dataset, vocabulary = pickle.load(given)
     storage = Storage.of(dataset)
     while True:

@@ -1,7 +1,8 @@
 """A process that lays out and writes beside a worker whose GPU encodes.
 
 Enters: a unit's windows of encoded documents. Leaves: its `WrittenShard`. Always holds: windows go through one pipe, so a
-writer that is slow holds the worker up; what is half-written goes when the unit fails; and the process ends with its worker.
+writer that is slow holds the worker up; what is half-written goes when the unit fails, unless the process was killed (then
+`braid vacuum` finds it, as after a killed worker); and the process ends with its worker.
 
 Why a process: NumPy gives Python's lock away in each operation on more than 500 numbers, and beside the threads that read,
 stage and encode it takes long to come back.
@@ -67,20 +68,29 @@ class WritingProcess:
     def _asked(
         self, process: subprocess.Popen[bytes], unit: WorkUnit, windows: Iterable[tuple[list[Item], Codes]]
     ) -> WrittenShard | Exception | str:
+        # Nothing but the pipes is guarded: what making the windows raises is no fault of the process.
+        listening = _heard(process, (unit.id, unit.record()))
+        for window in windows:
+            if not (listening := listening and _heard(process, window)):
+                break
+        if listening:
+            _heard(process, None)
         assert process.stdout
         try:
-            try:
-                send(process, (unit.id, unit.record()))
-                for window in windows:
-                    send(process, window)
-                send(process, None)
-            except BrokenPipeError:
-                # It has stopped listening: perhaps it says why.
-                pass
             answer: WrittenShard | Exception | str = pickle.load(process.stdout)
         except (EOFError, pickle.UnpicklingError) as error:
+            process.kill()
             raise TransientError(
                 f"the process that writes ended with exit code {process.wait()}, at unit {unit.id}; if it was for want "
                 "of memory, lower cluster.cpus_per_worker"
             ) from error
         return answer
+
+
+def _heard(process: subprocess.Popen[bytes], message: object) -> bool:
+    """Whether the process took a message; if not it has ended, and has perhaps said why."""
+    try:
+        send(process, message)
+    except BrokenPipeError:
+        return False
+    return True

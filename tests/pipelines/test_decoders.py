@@ -86,27 +86,36 @@ def test_a_killed_writer_fails_its_unit_and_the_next_try_goes_well(worker: UnitW
     worker.decoders = 1
     unit = max(units(worker), key=lambda unit: unit.size)
     expected = worker.run(unit).rows
-    process = worker._writing._process
-    assert process
-    process.kill()
-    with pytest.raises(TransientError, match=rf"writes ended with exit code -9, at unit {unit.id}; .*cpus_per_worker"):
-        worker.run(unit)
+
+    def killing(unit: WorkUnit) -> Generator[tuple[list[Item], Codes], None, None]:
+        for window in UnitWorker._windows(worker, unit):
+            yield window
+            assert worker._writing._process
+            worker._writing._process.kill()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "_windows", killing)
+        with pytest.raises(TransientError, match=rf"writes ended with exit code -9, at unit {unit.id}; .*cpus_per_wo"):
+            worker.run(unit)
     assert own_threads() == []
     assert worker.run(unit).rows == expected
 
 
-def test_a_unit_that_fails_before_it_is_written_leaves_nothing_behind(worker: UnitWorker) -> None:
+@pytest.mark.parametrize("error", [TransientError, BrokenPipeError, EOFError])
+def test_a_unit_that_fails_before_it_is_written_leaves_nothing_behind(
+    worker: UnitWorker, error: type[Exception]
+) -> None:
     worker.decoders, worker.window = 1, Window(documents=1, size=2**20)
     unit = max(units(worker), key=lambda unit: unit.size)
     worker.run(unit)
 
     def failing(unit: WorkUnit) -> Generator[tuple[list[Item], Codes], None, None]:
         yield from itertools.islice(UnitWorker._windows(worker, unit), 2)
-        raise TransientError("the GPU fell off")
+        raise error("the GPU fell off")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "_windows", failing)
-        with pytest.raises(TransientError, match="fell off"):
+        with pytest.raises(error, match="fell off"):
             worker.run(unit)
     assert leftovers(worker) == []
     assert worker.run(unit).rows
