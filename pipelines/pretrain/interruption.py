@@ -21,7 +21,8 @@ import slurm.context
 from pipelines.pretrain.parallelize import Ranks
 from pipelines.pretrain.run import RunError
 
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+"""The later one says more: SLURM sends USR2 ahead of time, and may send TERM before that is acted upon."""
 
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "Connection refused")
 """How gloo, which has no error of its own, says that a rank has ended."""
@@ -38,13 +39,16 @@ class Interruption:
         self._ranks = ranks
         self._before: dict[int, Any] = {}
         self._received = 0
+        """The place in `SIGNALS` of the one that says most, counted from 1."""
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         if job := slurm.context.current():
             # It may have come while torch was being imported.
-            self._received = next((n for n in SIGNALS if n in job.signals), 0)
+            for number in SIGNALS:
+                if number in job.signals:
+                    self._note(number, None)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -52,7 +56,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
+        self._received = max(self._received, 1 + SIGNALS.index(signal.Signals(number)))
 
     def agreed(self) -> bool:
         """Whether any rank was told to stop; every rank must ask, after every step."""
@@ -69,7 +73,7 @@ class Interruption:
         Raises:
             InterruptedRunError: always.
         """
-        name = signal.Signals(self._received).name
+        name = SIGNALS[self._received - 1].name
         if job := slurm.context.current():
             job.requeue(f"{name}: saved after step {step}")
         raise InterruptedRunError(f"stopped by {name}, saved after step {step:,}; the same command goes on from there")

@@ -9,17 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch.distributed.device_mesh import DeviceMesh
 
 from pipelines.pretrain import loop
 from pipelines.pretrain.checkpoint import list_checkpoints, step_of
-from pipelines.pretrain.interruption import InterruptedRunError, lost_ranks
+from pipelines.pretrain.interruption import InterruptedRunError, Interruption, lost_ranks
 from pipelines.pretrain.loop import run
 from pipelines.pretrain.metrics import read_metrics
+from pipelines.pretrain.parallelize import Ranks
 from pipelines.pretrain.recipe import PretrainRecipe
 from slurm import context
 from slurm.context import LostRanksError
@@ -86,6 +89,17 @@ def test_a_signal_that_came_while_the_run_was_starting_counts(
     with pytest.raises(InterruptedRunError):
         run(recipe, SILENT)
     assert [r["step"] for r in read_metrics(Path(recipe.output) / "metrics.jsonl", "train")] == [1]
+
+
+@pytest.mark.parametrize("order", [(signal.SIGUSR2, signal.SIGTERM), (signal.SIGTERM, signal.SIGUSR2)])
+def test_of_two_signals_before_a_boundary_the_one_sent_ahead_of_time_is_told(order: tuple[signal.Signals, ...]) -> None:
+    alone = Ranks(0, 1, torch.device("cpu"), cast(DeviceMesh, None))
+    with Interruption(alone) as interruption:
+        for number in order:
+            os.kill(os.getpid(), number)
+        assert interruption.agreed()
+        with pytest.raises(InterruptedRunError, match="stopped by SIGUSR2"):
+            interruption.stop(1)
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def _told_to_stop(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def agreed(self: Any) -> bool:
         if next(calls) == at:
-            self._received = signal.SIGUSR2
+            self._note(signal.SIGUSR2, None)
         return bool(self._received)
 
     monkeypatch.setattr(loop.Interruption, "agreed", agreed)

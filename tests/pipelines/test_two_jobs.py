@@ -37,8 +37,12 @@ def _job(folder: str, barrier: Any, name: str) -> int:
         write_text(Path(folder), f"t{index}", f"the fox as {name} has it in round {index}")
         barrier.wait(60)
         work = plan(dataset, ledger, recipe.sources, recipe.units, Request(retry=bool(index % 2)))
-        for unit in work.pending[:: 1 if name == "a" else -1]:
+        # Both have planned before either commits, and neither is far ahead: from both ends of the same units.
+        barrier.wait(60)
+        for n, unit in enumerate(work.pending[:: 1 if name == "a" else -1]):
             committed += len(dataset.commit([worker.run(unit)], ancestors=ledger.ancestors))
+            if n == 0:
+                barrier.wait(60)
         barrier.wait(60)
     return committed
 
