@@ -14,12 +14,13 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from pipelines.corpus.errors import StoreError, TransientError
 from pipelines.shards.storage import DiskFullError
@@ -35,6 +36,8 @@ IN_FLIGHT = 2
 RETRY_AFTER_S = 1.0
 """Wait before a unit that failed is tried again; twice as long each further time."""
 
+_FAREWELL_S = 10.0
+"""For units that are under way when the job fails."""
 
 _RESTART_POLL_S = 0.1
 """Wait before a worker that is being restarted is asked again."""
@@ -129,6 +132,10 @@ class Pool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Exception) and self._pending:
+            # Else a worker is killed while it writes a unit, and what it has written stays. One that takes longer is killed.
+            with suppress(RayError):
+                ray.wait(list(self._pending), num_returns=len(self._pending), timeout=_FAREWELL_S)
         for actor in self._actors:
             ray.kill(actor.handle)
         ray.shutdown()
