@@ -17,8 +17,8 @@ from pipelines.recipe import read_recipe
 
 GPUS = (8, 64, 512)
 MICRO_BATCHES = (1, 4)
-ROWS = "batch.micro_batch=4"
-"""More than `8b` takes on one GPU: several have room, and less travels for a token."""
+ROWS = 4
+"""Of a micro-batch. More than `8b` takes on one GPU: several have room, and less travels for a token."""
 SHARDINGS = {
     "FSDP": (),
     "FSDP, weights kept for a step": ("sharding.reshard_after_forward=false", "sharding.reshard_after_backward=false"),
@@ -34,9 +34,9 @@ def rows(name: str) -> Iterator[list[str]]:
                 # One node holds one copy: that is FSDP.
                 continue
             for micro_batches in MICRO_BATCHES:
-                per_step = f"batch.sequences={micro_batches * gpus * 4}"
+                per_step = f"batch.sequences={micro_batches * gpus * ROWS}"
                 budget = ("steps=1000", "tokens=null", "schedule.warmup_steps=100")
-                recipe = read_recipe(PretrainRecipe, name, [*overrides, ROWS, per_step, *budget])
+                recipe = read_recipe(PretrainRecipe, name, [*overrides, f"batch.micro_batch={ROWS}", per_step, *budget])
                 config = config_of(recipe)
                 plan = make_plan(recipe, config, gpus=gpus)
                 step = plan.step
@@ -76,7 +76,7 @@ def table(name: str) -> str:
 
 def per_block(name: str) -> str:
     """What one block of a recipe costs on eight GPUs of a node and on 512, in words."""
-    recipe = read_recipe(PretrainRecipe, name, [ROWS])
+    recipe = read_recipe(PretrainRecipe, name, [f"batch.micro_batch={ROWS}"])
     config, links = config_of(recipe), Links()
     length, tokens = recipe.data.sequence_length, recipe.batch.micro_batch * recipe.data.sequence_length
     work = work_of(config, tokens=tokens, length=length, flops_s=H200_TFLOPS * 1e12 * SHARE_OF_PRODUCTS)
