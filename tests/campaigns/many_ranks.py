@@ -93,7 +93,8 @@ class Runs:
         for rank in range(ranks):
             environment = os.environ | {
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NCCL_NVLS_ENABLE": "0",
+                "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             }  # fmt: skip
             with (self.folder / f"{name}-rank-{rank}.log").open("ab") as log:
                 command = [sys.executable, str(self.folder / "train.py"), str(file)]

@@ -16,7 +16,6 @@ import sys
 import threading
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 from pipelines.loading import Index, Loader
 from pipelines.shards.dataset import Dataset
@@ -43,14 +42,12 @@ class Held:
         )
 
 
-def stream(dataset: Dataset, tokens: int, **settings: Any) -> list[Held]:
+def stream(dataset: Dataset, tokens: int, *, sequence_length: int, window_tokens: int, workers: int) -> list[Held]:
     """What is held before, at each tenth of so many tokens, and after the loader is closed."""
-    index = Index.build(dataset, settings.pop("sequence_length", 4096)).split(validation=False)
+    index = Index.build(dataset, sequence_length).split(validation=False)
     held = [Held.now()]
     seen = 0
-    with Loader(
-        index, **({"sequences": 8, "micro_batch": 8, "seed": 0, "window_tokens": 4_000_000} | settings)
-    ) as loader:
+    with Loader(index, sequences=8, micro_batch=8, seed=0, window_tokens=window_tokens, workers=workers) as loader:
         for tenth in range(1, 11):
             while seen < tokens * tenth / 10:
                 seen += next(loader).tokens
@@ -71,8 +68,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--tokens", type=int, default=200_000_000)
+    parser.add_argument("--sequence-length", type=int, default=4096)
+    parser.add_argument("--window-tokens", type=int, default=4_000_000)
+    parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
-    held = stream(Dataset.open(arguments.dataset), arguments.tokens)
+    held = stream(
+        Dataset.open(arguments.dataset),
+        arguments.tokens,
+        sequence_length=arguments.sequence_length,
+        window_tokens=arguments.window_tokens,
+        workers=arguments.workers,
+    )
     print("resident MB, descriptors, threads, segments of shared memory")
     for moment in held:
         print("{:.0f}, {}, {}, {}".format(*astuple(moment)))
