@@ -1,7 +1,8 @@
 """One GPU: a unit of work, whole, against the bare encode loop: `python -m benchmarks.gpu_unit`.
 
 The unit callable reads a tar in WebDataset's layout, decodes, tokenizes (the caption, too), interleaves and writes a shard,
-without Ray. The bare loop encodes the same pictures or clips, which lie decoded in memory, and does nothing else. All codes
+without Ray: the whole tar as one unit, and in units of the default size, of which it has two at a time, as in a job. The bare
+loop encodes the same pictures or clips, which lie decoded in memory, and does nothing else. All codes
 are compared. Pictures: JPEG of 256 x 256, VQGAN f16/16384 with random weights in float16. Sounds: WAV of 10 s at 24 kHz,
 EnCodec at 6 kbps with random weights in float16x2. Both as in `image_encode` and `audio_encode`. Without a GPU both networks
 are tiny, in float32.
@@ -30,7 +31,7 @@ from PIL import Image
 from benchmarks import audio_encode, image_encode
 from benchmarks.measuring import close, result
 from benchmarks.natural_pictures import natural_pictures
-from benchmarks.units import one_unit
+from benchmarks.units import one_unit, units_at_once
 from pipelines.corpus.pictures import fit_picture, load_picture
 from pipelines.corpus.sounds import load_sound
 from pipelines.sequence import Modality
@@ -110,39 +111,45 @@ def compare(
     unit: str,
     arguments: argparse.Namespace,
 ) -> list[dict[str, object]]:
-    """The bare loop and units with each number of decoders, in turn."""
+    """The bare loop and each way of doing units, with each number of decoders, in turn."""
     total = amount * len(items)
     encode(items[:1024])
     bare: list[float] = []
-    units: dict[int, list[float]] = {count: [] for count in arguments.decoders}
+    ways = {"one unit": one_unit, "units of 256 MiB": units_at_once}
+    units: dict[tuple[int, str], list[float]] = {(count, way): [] for count in arguments.decoders for way in ways}
     shards = Path(worker.recipe.dataset) / "shards"
     for _ in range(arguments.repeat):
         began = time.perf_counter()
         codes = encode(items)
         bare.append(time.perf_counter() - began)
-        for count, seconds in units.items():
+        for (count, way), seconds in units.items():
             if worker.decoders != count:
                 # Decoders stay from unit to unit, so their start is no part of one.
                 worker.close()
                 worker.decoders = count
-                one_unit(worker)
-            took, name = one_unit(worker)
+                for name in one_unit(worker)[1]:
+                    (shards / name).unlink()
+            took, names = ways[way](worker)
             seconds.append(took)
-            shard = shards / name
-            found = pq.read_table(shard, columns=["token_ids", "modality_ids"])
-            flat = found["token_ids"].combine_chunks().flatten().to_numpy()
-            mine = flat[found["modality_ids"].combine_chunks().flatten().to_numpy() == modality]
-            shard.unlink()
+            mine = np.concatenate([ids_of(shards / name, modality) for name in names])
             if not np.array_equal(mine, np.concatenate([np.asarray(item).reshape(-1) for item in codes])):
                 raise SystemExit(f"{what}: the unit's codes are not those of the bare loop")
     results = []
     worker.close()
-    for count, seconds in units.items():
+    for (count, way), seconds in units.items():
         rates = total / statistics.median(seconds), total / statistics.median(bare)
-        name = f"{what}: unit with {count} decoders / bare encode loop"
+        name = f"{what}: {way} with {count} decoders / bare encode loop"
         results.append(result(name, *rates, unit, checked=f"codes of all {len(items):,} files equal"))
         print(results[-1], flush=True)
     return results
+
+
+def ids_of(shard: Path, modality: Modality) -> np.ndarray:
+    """All ids of a modality in a shard, which is then removed."""
+    found = pq.read_table(shard, columns=["token_ids", "modality_ids"])
+    shard.unlink()
+    ids, modalities = (found[name].combine_chunks().flatten().to_numpy() for name in ("token_ids", "modality_ids"))
+    return ids[modalities == modality]
 
 
 def unit_worker(

@@ -5,8 +5,8 @@ The unit callable goes the way that it goes beside a GPU (decoders are processes
 codes of the shapes that the released tokenizers give: 16 x 16 of 16,384 a picture, 75 frames of 8 codes of 1,024 a second. It
 has them at once, and what is left is what a GPU would have to wait for; or it takes `--picture-ms` and `--clip-ms` for each
 item, and what a unit takes beyond that is what a GPU of that speed would stand still. Printed are items a second,
-milliseconds of CPU an item by thread of the worker's process, of the decoders (`--decoders` processes that share this
-machine's cores with it) and of the process that writes, and each stage alone.
+milliseconds of CPU an item by thread of the worker's process, of the process that reads, of its decoders (`--decoders`
+processes that share this machine's cores with it) and of the process that writes, and each stage alone.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ import torch
 from benchmarks import audio_encode, gpu_unit
 from benchmarks.measuring import close, hardware
 from benchmarks.natural_pictures import natural_pictures
-from benchmarks.units import one_unit, whole_unit
+from benchmarks.units import one_unit, units_at_once, whole_unit
 from pipelines.corpus.documents import Document
 from pipelines.shards.schema import Row
 from pipelines.shards.writer import ShardWriter
 from pipelines.tokenize.layout import laid_out
 from pipelines.tokenize.prepare import Prepared
+from pipelines.tokenize.windows import Chunk, items_of
 from pipelines.tokenize.worker import ON_GPU, UnitWorker
 from pipelines.tokenizers import clip_batches, gpu_batches
 from pipelines.tokenizers.checkpoint import write_checkpoint
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--picture-ms", type=float, default=0.0, help="that encoding a picture shall take")
     parser.add_argument("--clip-ms", type=float, default=0.0)
+    parser.add_argument("--default-units", action="store_true", help="of 256 MiB, two at a time, as in a job")
     parser.add_argument("--quick", action="store_true", help="an eighth of the files")
     arguments = parser.parse_args()
     share = 8 if arguments.quick else 1
@@ -78,26 +80,27 @@ def main() -> None:
 def whole(what: str, worker: UnitWorker, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Units, all stages at once: the median one of them."""
     worker.window, worker.decoders = ON_GPU, arguments.decoders
-    one_unit(worker)
-    units: list[tuple[float, dict[str, float], float, float]] = []
+    run = units_at_once if arguments.default_units else one_unit
+    run(worker)
+    units: list[tuple[float, dict[str, float], dict[str, float]]] = []
     for _ in range(arguments.repeat):
-        before = _decoders_seconds(worker), _writer_seconds(worker)
+        before = _seconds_beside(worker)
         with seconds_by_thread() as threads:
-            took, name = one_unit(worker)
-        decoders, writer = _decoders_seconds(worker) - before[0], _writer_seconds(worker) - before[1]
-        units.append((count / took, threads, decoders, writer))
-        (Path(worker.recipe.dataset) / "shards" / name).unlink()
+            took, names = run(worker)
+        beside = {name: seconds - before[name] for name, seconds in _seconds_beside(worker).items()}
+        units.append((count / took, threads, beside))
+        for name in names:
+            (Path(worker.recipe.dataset) / "shards" / name).unlink()
     worker.close()
     worker.decoders = 0
-    rate, threads, decoders, writer = sorted(units, key=lambda unit: unit[0])[len(units) // 2]
+    rate, threads, beside = sorted(units, key=lambda unit: unit[0])[len(units) // 2]
     return {
         "what": f"{what}: a unit beside a stand-in for the GPU, {arguments.decoders} decoders",
         "rate": round(rate, 1),
         "unit": f"{what}/s",
         "threads": {name: round(1e3 * seconds / count, 4) for name, seconds in sorted(threads.items())},
         "process": round(1e3 * sum(threads.values()) / count, 4),
-        "decoders": round(1e3 * decoders / count, 4),
-        "writer": round(1e3 * writer / count, 4),
+        "beside": {name: round(1e3 * seconds / count, 4) for name, seconds in beside.items()},
         "times": f"ms of CPU, by thread of the process, of {what[:-1]}",
         "hardware": hardware(),
     }
@@ -106,7 +109,7 @@ def whole(what: str, worker: UnitWorker, count: int, arguments: argparse.Namespa
 def stages(worker: UnitWorker, count: int) -> dict[str, float]:
     """Each stage alone, on one thread: ms of CPU an item, the median of three times."""
     unit, found = whole_unit(worker), {}
-    source = worker._sources[unit.source]
+    source, preparation = worker._reading.sources[unit.source], worker._reading.preparation
 
     def timed(name: str, stage: Callable[[], Any]) -> Any:
         seconds = []
@@ -128,10 +131,11 @@ def stages(worker: UnitWorker, count: int) -> dict[str, float]:
     # All at once would not fit into memory: as many as a window has.
     documents = documents[: ON_GPU.documents]
     count, everything = len(documents), count
-    prepared = timed("decode", lambda: [worker._preparation.prepare(unit.source, item) for item in documents])
+    prepared = timed("decode", lambda: [preparation.prepare(unit.source, item) for item in documents])
     assert all(isinstance(item, Prepared) for item in prepared)
-    codes = timed("fill batches", lambda: worker._stage(prepared)()())
-    rows = timed("lay out", lambda: list(laid_out(prepared, codes, worker.vocabulary)))
+    window = [Chunk.of(prepared)]
+    codes = timed("fill batches", lambda: worker._stage(window)()())
+    rows = timed("lay out", lambda: list(laid_out(items_of([window[0].items]), codes, worker.vocabulary)))
     assert all(isinstance(row, Row) for row in rows)
     rows = [row for _ in range(-(-everything // count)) for row in rows][:everything]
     count = everything
@@ -272,20 +276,27 @@ def seconds_by_thread() -> Iterator[dict[str, float]]:
         del found["watching"]
 
 
-def _decoders_seconds(worker: UnitWorker) -> float:
-    assert worker._decoders
-    return sum(_seconds(f"/proc/{process.pid}") for process in worker._decoders._processes)
-
-
-def _writer_seconds(worker: UnitWorker) -> float:
-    """Of all its threads, also of those that have ended; in hundredths of a second."""
+def _seconds_beside(worker: UnitWorker) -> dict[str, float]:
+    """CPU seconds of the processes beside the worker, of all their threads, also of those that have ended."""
+    assert worker._reading._beside
     assert worker._writing._process
-    stat = Path(f"/proc/{worker._writing._process.pid}/stat").read_text(encoding="ascii")
+    reader = worker._reading._beside.process.pid
+    decoders = Path(f"/proc/{reader}/task/{reader}/children").read_text(encoding="ascii").split()
+    return {
+        "reader": _seconds_of(reader),
+        "decoders": sum(map(_seconds_of, decoders)),
+        "writer": _seconds_of(worker._writing._process.pid),
+    }
+
+
+def _seconds_of(process: int | str) -> float:
+    """In hundredths."""
+    stat = Path(f"/proc/{process}/stat").read_text(encoding="ascii")
     return sum(map(int, stat.rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def _seconds(task: str) -> float:
-    """CPU seconds of a thread, or of a process that has but one."""
+    """CPU seconds of a thread."""
     return int(Path(task, "schedstat").read_text(encoding="ascii").split()[0]) / 1e9
 
 

@@ -1,12 +1,14 @@
-"""One unit of work without Ray, nor anything else that a GPU machine may lack."""
+"""Units of work without Ray, nor anything else that a GPU machine may lack."""
 
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from pipelines.corpus.documents import Slice
-from pipelines.tokenize.units import WorkUnit
-from pipelines.tokenize.worker import UnitWorker
+from pipelines.tokenize.recipe import UnitSettings
+from pipelines.tokenize.units import WorkUnit, grouped
+from pipelines.tokenize.worker import UNITS_AT_ONCE, UnitWorker
 
 
 def whole_unit(worker: UnitWorker) -> WorkUnit:
@@ -17,9 +19,19 @@ def whole_unit(worker: UnitWorker) -> WorkUnit:
     )
 
 
-def one_unit(worker: UnitWorker) -> tuple[float, str]:
+def one_unit(worker: UnitWorker) -> tuple[float, list[str]]:
     """Seconds of that unit, and its shard's name."""
     unit = whole_unit(worker)
     began = time.perf_counter()
     written = worker.run(unit)
-    return time.perf_counter() - began, written.name
+    return time.perf_counter() - began, [written.name]
+
+
+def units_at_once(worker: UnitWorker) -> tuple[float, list[str]]:
+    """Seconds of all inputs in units of the default size, handed to the worker as a job does, and their shards' names."""
+    (source,) = worker.recipe.sources
+    units = grouped(source.name, source.inputs(), UnitSettings())
+    began = time.perf_counter()
+    with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+        names = [written.name for written in threads.map(worker.run, units)]
+    return time.perf_counter() - began, names

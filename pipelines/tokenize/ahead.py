@@ -1,43 +1,20 @@
 """Work that runs ahead of its use, on threads, in order.
 
-Enters: an iterator. Leaves: what a function makes of its items, in their order. Always holds: a bounded number of items is
-under way; an error is raised where its item would have come; and no thread outlives the loop that it works for.
+Enters: an iterator. Leaves: its items, in their order. Always holds: a bounded number of items is under way; an error is
+raised where its item would have come; and no thread outlives the loop that it works for.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Generator, Iterable
 from contextlib import closing
+from itertools import islice
 from typing import TypeVar
 
 from pipelines.loading.prefetch import Prefetcher
 
 A = TypeVar("A")
-B = TypeVar("B")
-
-_WAITING = 2
-"""Items under way for each thread, so that a slow one holds the others up but little."""
-
-
-def mapped(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
-    """`map` on so many threads; on one it is `map` itself."""
-    if threads == 1:
-        yield from map(function, items)
-        return
-    under_way: deque[Future[B]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="braid-decode") as pool:
-        try:
-            for item in items:
-                under_way.append(pool.submit(function, item))
-                if len(under_way) > _WAITING * threads:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        finally:
-            for future in under_way:
-                future.cancel()
 
 
 def ahead(items: Generator[A, None, None], name: str, depth: int = 1) -> Generator[A, None, None]:
@@ -47,3 +24,17 @@ def ahead(items: Generator[A, None, None], name: str, depth: int = 1) -> Generat
             yield from made
     finally:
         items.close()
+
+
+def in_turn(items: Iterable[A], turn: threading.Lock) -> Generator[A, None, None]:
+    """The items; others that want this turn wait from the first one on until the last one is done with.
+
+    Where units go through stages, each with its turn, whoever has the turn of a stage has passed the stages before, or has
+    their turns as well; so two units cannot wait for each other.
+    """
+    items = iter(items)
+    # In a list, for what is handed on must not stay in memory here.
+    while first := list(islice(items, 1)):
+        with turn:
+            yield first.pop()
+            yield from items

@@ -1,135 +1,153 @@
-"""Processes that decode beside a worker whose GPU encodes: Python's lock would let threads do one thing at a time.
+"""The decoders of a reading process: who decodes which documents, and in which order they come back.
 
-Enters: documents. Leaves: what `prepare` makes of them, in order, arrays in shared memory. Always holds: a bounded number of
-documents is under way; the memory has no name, so nothing is left of it however the processes end; and a decoder ends with
-its worker.
+Enters: documents. Leaves: the decoders' answers, as they are, in the documents' order. Always holds: a bounded number of
+chunks is under way, and decoders end with the process. All on one thread, which waits for decoders and worker at once.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
 import pickle
-import queue
+import select
+import struct
 import subprocess
-import sys
-import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import accumulate
-
-import numpy as np
+from contextlib import suppress
+from dataclasses import dataclass
 
 from pipelines.corpus.documents import Document, Dropped, Reject
 from pipelines.corpus.errors import TransientError
-from pipelines.tokenize.ahead import mapped
-from pipelines.tokenize.decoder import Place, aligned
-from pipelines.tokenize.pipes import send, started
-from pipelines.tokenize.prepare import Item, Preparation
+from pipelines.tokenize.decoder import Place
+from pipelines.tokenize.pipes import send, started, taken
+from pipelines.tokenize.prepare import Preparation
 
 CHUNK_DOCUMENTS = 16
-CHUNK_BYTES = 4 * 2**20
+CHUNK_BYTES = 8 * 2**20
 """Documents that go to a decoder at once: a message costs as much as decoding a small picture. A chunk ends with the document
 that fills so many bytes of its files."""
 
-PLACE_BYTES = 2**24
-"""Of shared memory for the arrays of one chunk. What does not fit comes through a pipe."""
+TOLD = struct.Struct("<i")
+"""What a worker tells: the number of a place that is free again, or `TAKEN`."""
+TAKEN = -1
+"""It has taken another chunk."""
 
-PLACES = 160
-"""Enough for the windows in memory. Where none is free, arrays come through pipes."""
+_UNDER_WAY = 3
+"""Chunks for each decoder, those that wait for the worker included: a slow one holds the others up but little."""
 
-_SWITCH_S = 2e-4
+
+class WorkerGoneError(Exception):
+    """There is nobody to decode for."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A chunk that is with a decoder, or back."""
+
+    process: subprocess.Popen[bytes]
+    documents: list[Document | Reject | Dropped]
+    answer: bytes | None = None
 
 
 class Decoders:
-    """A number of decoding processes, kept from unit to unit."""
+    """A number of decoding processes, kept from unit to unit.
 
-    def __init__(self, preparation: Preparation, count: int) -> None:
-        # Threads that talk to decoders hold Python's lock for microseconds; one that computes would let them wait for 5 ms.
-        sys.setswitchinterval(_SWITCH_S)
-        self._count = count
-        self._preparation = preparation
-        self._descriptor = os.memfd_create("braid")
-        os.ftruncate(self._descriptor, PLACES * PLACE_BYTES)
-        self._memory = mmap.mmap(self._descriptor, 0)
-        self._free: list[Place] = [(number * PLACE_BYTES, PLACE_BYTES) for number in reversed(range(PLACES))]
+    Args:
+        memory: descriptor of the memory that they share with the worker.
+        places: of that memory, for a chunk each.
+        told: descriptor of the pipe through which the worker tells what it has taken and let go of.
+    """
+
+    def __init__(self, preparation: Preparation, count: int, *, memory: int, places: list[Place], told: int) -> None:
+        self._told = told
+        self._places, self._free = places, [place.number for place in reversed(places)]
         """The last one that became free is taken first: its pages are there, and in the caches."""
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-        for _ in range(count):
-            self._start()
-
-    def _start(self) -> None:
-        process = started("pipelines.tokenize.decoder", self._descriptor)
-        self._processes.append(process)
-        send(process, self._preparation)
-        self._idle.put(process)
-
-    def _replace(self, ended: subprocess.Popen[bytes]) -> None:
-        """Start another one in the place of one that has ended."""
-        try:
-            self._start()
-        except OSError:
-            # There is no memory for one now. Who gets this one will fail as its last one did, and not wait for ever.
-            self._idle.put(ended)
-            raise
-        ended.kill()
-        ended.communicate()
-        self._processes.remove(ended)
+        self._on_the_way = 0
+        """Chunks that the worker has not taken."""
+        self._processes = [started("pipelines.tokenize.decoder", memory) for _ in range(count)]
+        for process in self._processes:
+            send(process, preparation)
+        self._idle = list(self._processes)
+        self._asked: dict[int, _Asked] = {}
+        """By the descriptor that answers."""
+        self._poll = select.poll()
+        self._poll.register(told, select.POLLIN)
 
     def close(self) -> None:
         """End the processes and wait for them."""
         for process in self._processes:
             process.kill()
             process.communicate()
-        os.close(self._descriptor)
 
-    def prepared(self, source: str, items: Iterable[Document | Reject | Dropped]) -> Iterator[Item]:
-        """What becomes of the items of a source, in order.
+    def answers(self, source: str, items: Iterable[Document | Reject | Dropped]) -> Iterator[bytes]:
+        """What decoders make of the items of a source; after a decoder that ended, an error is the last one.
 
         Raises:
-            TransientError: a decoder ended, such as for want of memory.
+            WorkerGoneError: the worker has ended, or needs nothing any more.
         """
-        chunks = mapped(lambda chunk: self._decode(source, chunk), _chunks(items), self._count)
-        for chunk in chunks:
-            yield from chunk
+        waiting: deque[_Asked] = deque()
+        for chunk in _chunks(items):
+            while not self._idle or self._on_the_way >= _UNDER_WAY * len(self._processes):
+                self._look()
+                yield from _ready(waiting)
+            waiting.append(self._ask(source, chunk))
+        while waiting:
+            self._look()
+            yield from _ready(waiting)
 
-    def _decode(self, source: str, items: list[Document | Reject | Dropped]) -> list[Item]:
-        documents = [item for item in items if isinstance(item, Document)]
-        decoded = iter(self._ask(source, documents) if documents else [])
-        return [next(decoded) if isinstance(item, Document) else item for item in items]
+    def _ask(self, source: str, items: list[Document | Reject | Dropped]) -> _Asked:
+        process = self._idle.pop()
+        assert process.stdout
+        asked = _Asked(process, items)
+        self._on_the_way += 1
+        self._asked[process.stdout.fileno()] = asked
+        self._poll.register(process.stdout, select.POLLIN)
+        # Where none is free, arrays come through pipes.
+        place = self._places[self._free.pop()] if self._free else None
+        # One that has ended is seen as soon as its answer is waited for.
+        with suppress(BrokenPipeError):
+            send(process, (source, place, items))
+        return asked
 
-    def _ask(self, source: str, documents: list[Document]) -> list[Item]:
-        try:
-            place = self._free.pop()
-        except IndexError:
-            place = (0, 0)
-        process = self._idle.get()
-        try:
-            send(process, (source, place, documents))
-            assert process.stdout
-            data, sizes, buffers = pickle.load(process.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            if place[1]:
-                self._free.append(place)
-            self._replace(process)
-            raise TransientError(
-                f"a decoder ended with exit code {process.wait()}, at one of the {len(documents)} documents from "
-                f"{documents[0].source} on; if it was for want of memory, lower cluster.cpus_per_worker"
-            ) from error
-        self._idle.put(process)
-        if place[1]:
-            base = np.frombuffer(self._memory, np.uint8, place[1], place[0])
-            # The place is free again when the last array in it is gone.
-            weakref.finalize(base, self._free.append, place)
-            if buffers is None:
-                starts = [0, *accumulate(aligned(size) for size in sizes)][: len(sizes)]
-                buffers = [base.data[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-        found: list[Item] | TransientError | str = pickle.loads(data, buffers=buffers)
-        if isinstance(found, TransientError):
-            raise found
-        if isinstance(found, str):
-            raise RuntimeError(f"at one of the {len(documents)} documents from {documents[0].source} on:\n{found}")
-        return found
+    def _look(self) -> None:
+        """Wait until a decoder has answered, or the worker has told something."""
+        for descriptor, _ in self._poll.poll():
+            if descriptor == self._told:
+                self._hear()
+                continue
+            self._poll.unregister(descriptor)
+            asked = self._asked.pop(descriptor)
+            assert asked.process.stdout
+            try:
+                asked.answer = taken(asked.process.stdout)
+            except EOFError:
+                asked.answer = pickle.dumps(_ended(asked), 5)
+                continue
+            self._idle.append(asked.process)
+
+    def _hear(self) -> None:
+        # The pipe has room for a multiple of these, and each is written at once, so none is cut.
+        heard = os.read(self._told, 1024 * TOLD.size)
+        if not heard:
+            raise WorkerGoneError
+        for (what,) in TOLD.iter_unpack(heard):
+            if what == TAKEN:
+                self._on_the_way -= 1
+            else:
+                self._free.append(what)
+
+
+def _ready(waiting: deque[_Asked]) -> Iterator[bytes]:
+    while waiting and (answer := waiting[0].answer) is not None:
+        waiting.popleft()
+        yield answer
+
+
+def _ended(asked: _Asked) -> TransientError:
+    return TransientError(
+        f"a decoder ended with exit code {asked.process.wait()}, at one of the {len(asked.documents)} documents from "
+        f"{asked.documents[0].source} on; if it was for want of memory, lower cluster.cpus_per_worker"
+    )
 
 
 def _chunks(items: Iterable[Document | Reject | Dropped]) -> Iterator[list[Document | Reject | Dropped]]:

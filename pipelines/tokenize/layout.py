@@ -16,17 +16,20 @@ from pipelines.interleave import EncodedSpan, interleave
 from pipelines.sequence import Modality, SequenceError, Vocabulary
 from pipelines.shards.schema import Row
 from pipelines.tokenize.prepare import Item, Prepared
+from pipelines.tokenize.windows import Items, items_of
 
 Result = Row | Reject | Dropped
 Codes = dict[Modality, list[np.ndarray]]
 """Of a window's media and texts, in their order."""
+Encoded = tuple[list[Items], Codes]
+"""The items of a window's chunks, and its codes."""
 
 
-def rows_of(windows: Iterable[tuple[list[Item], Codes]], vocabulary: Vocabulary) -> Iterator[Result]:
+def rows_of(windows: Iterable[Encoded], vocabulary: Vocabulary) -> Iterator[Result]:
     """The rows of a unit, what had to be rejected and what a filter took out."""
     seen: set[str] = set()
-    for window, codes in windows:
-        for result in laid_out(window, codes, vocabulary):
+    for chunks, codes in windows:
+        for result in laid_out(items_of(chunks), codes, vocabulary):
             if isinstance(result, Row):
                 if result.row_id in seen:
                     yield _twice(result)

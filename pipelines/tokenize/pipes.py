@@ -7,11 +7,12 @@ import os
 import pickle
 import subprocess
 import sys
+import traceback
 from contextlib import suppress
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 PIPE_BYTES = 2**20
-"""Of the pipe to a process, in place of 64 kB."""
+"""Of the pipes to and from a process, in place of 64 kB."""
 
 
 _KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
@@ -29,9 +30,11 @@ def started(module: str, *descriptors: int) -> subprocess.Popen[bytes]:
         env=_KEEPING | os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     assert process.stdin
-    with suppress(OSError):
-        # Where there are many pipes the kernel may refuse; then what is sent takes more turns to go through.
-        fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    assert process.stdout
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):
+            # Where there are many pipes the kernel may refuse; then what is sent takes more turns to go through.
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
     return process
 
 
@@ -47,3 +50,32 @@ def channels() -> tuple[BinaryIO, BinaryIO]:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return sys.stdin.buffer, answers
+
+
+def put(pipe: BinaryIO, data: bytes) -> None:
+    """Write bytes so that `taken` gives them whole, to be looked into or passed on."""
+    pipe.write(len(data).to_bytes(8, "little"))
+    pipe.write(data)
+    pipe.flush()
+
+
+def taken(pipe: IO[bytes]) -> bytes:
+    """The bytes of one `put`.
+
+    Raises:
+        EOFError: the process on the other side has ended.
+    """
+    length = pipe.read(8)
+    data = pipe.read(int.from_bytes(length, "little"))
+    if len(length) < 8 or len(data) < int.from_bytes(length, "little"):
+        raise EOFError
+    return data
+
+
+def sendable(error: Exception) -> Exception | str:
+    """The error, or its traceback where it does not survive the way."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return "".join(traceback.format_exception(error))
+    return error

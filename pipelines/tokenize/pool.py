@@ -28,10 +28,7 @@ from pipelines.shards.writer import WrittenShard
 from pipelines.tokenize.budget import JobError
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.units import WorkUnit
-from pipelines.tokenize.worker import UnitWorker
-
-IN_FLIGHT = 2
-"""Units handed to each worker: the next one waits there while one runs."""
+from pipelines.tokenize.worker import UNITS_AT_ONCE, UnitWorker
 
 RETRY_AFTER_S = 1.0
 """Wait before a unit that failed is tried again; twice as long each further time."""
@@ -118,6 +115,7 @@ class Pool:
             for on_gpu, count in self._counts().items():
                 cpus_each, gpus = settings.cpus_per_worker, settings.gpus_per_worker
                 options = {"num_cpus": cpus_each, "num_gpus": gpus} if on_gpu or not gpus else {"num_cpus": 1}
+                options |= {"max_concurrency": UNITS_AT_ONCE if on_gpu else 1}
                 worker = ray.remote(**options, max_restarts=-1, max_task_retries=0)(UnitWorker)
                 for _ in range(count):
                     self._actors.append(_Actor(worker.remote(self._recipe, GPU if on_gpu else "cpu"), on_gpu))
@@ -199,7 +197,9 @@ class Pool:
                 time.sleep(_RESTART_POLL_S)
                 self._await_start(actor)
                 return None
-            # Only the first was being done; the worker comes back, and the others wait for it or for another.
+            # The first was being done, perhaps the last part of it beside the beginning of the second; if that one is to
+            # blame, it kills the next worker while it is the first. The worker comes back, and the others wait for it or for
+            # another.
             lost = [self._pending.pop(r)[1] for r in actor.running]
             actor.running, actor.ready = [], False
             self._await_start(actor)
@@ -243,15 +243,24 @@ class Pool:
             if due <= now:
                 waiting[self._on_gpu(unit)].append(unit)
         self._delayed = [(due, unit) for due, unit in self._delayed if due > now]
-        for depth in range(IN_FLIGHT):
+        for depth in range(UNITS_AT_ONCE):
             for actor in self._actors:
-                if waiting[actor.on_gpu] and actor.ready and len(actor.running) == depth:
+                if (
+                    waiting[actor.on_gpu]
+                    and actor.ready
+                    and len(actor.running) == depth
+                    and (not depth or not self._suspicious(actor, waiting[actor.on_gpu][0]))
+                ):
                     unit = waiting[actor.on_gpu].popleft()
                     reference = actor.handle.run.remote(unit)
                     actor.running.append(reference)
                     self._pending[reference] = actor, unit
         if not self._delayed:
             self._give_back(waiting)
+
+    def _suspicious(self, actor: _Actor, unit: WorkUnit) -> bool:
+        """Whether the unit, or one that the worker has, has failed before: such units are done alone, to know which fails."""
+        return any(self._tries[other.id] for other in (unit, *(self._pending[r][1] for r in actor.running)) if other)
 
     def _give_back(self, waiting: Waiting) -> None:
         """Let go of workers for which nothing is left, those that a busy cluster has not started yet too."""

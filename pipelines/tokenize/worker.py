@@ -2,53 +2,46 @@
 
 Enters: a `WorkUnit`. Leaves: its shard in the dataset's folder, not yet committed. Always holds: what a unit gives
 depends on the unit and the recipe alone, and memory is bounded by a few windows of decoded documents. On a CPU reading,
-decoding, encoding and writing take turns; on a GPU each runs ahead of the next, and what decodes and what writes are
+decoding, encoding and writing take turns; on a GPU each runs ahead of the next, and what reads, decodes and writes are
 processes of their own.
 """
 
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from pipelines.corpus.documents import Document, Dropped, Reject
+from pipelines.corpus.documents import Document
 from pipelines.corpus.errors import StoreError
 from pipelines.sequence import Modality, Vocabulary
 from pipelines.shards.storage import Storage
 from pipelines.shards.writer import ShardWriter, WrittenShard
-from pipelines.tokenize.ahead import ahead
-from pipelines.tokenize.decoders import Decoders
-from pipelines.tokenize.layout import Codes, Result, rows_of
-from pipelines.tokenize.prepare import Choice, Item, Preparation, Prepared
+from pipelines.tokenize.ahead import ahead, in_turn
+from pipelines.tokenize.layout import Codes, Encoded, Result, rows_of
+from pipelines.tokenize.prepare import Choice, Preparation
+from pipelines.tokenize.reading import ReadingProcess
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.tokenizers import Tokenizers
 from pipelines.tokenize.units import WorkUnit
+from pipelines.tokenize.windows import Chunk, Items, WindowSize, windows_of
 from pipelines.tokenize.writing import WritingProcess
 from pipelines.tokenizers.vqgan import ImageTokenizer
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Window:
-    """Documents are encoded in windows of at most so many; a window ends with the document that fills so many bytes of
-    decoded media and text. So it never holds more than these bytes and one document more, itself at most `MOST_BYTES`."""
-
-    documents: int
-    size: int
-    first: int | None = None
-    """Documents of a unit's first window, where that is smaller; from there each has twice as many as the one before."""
-
-
-ON_CPU = Window(documents=64, size=64 * 2**20)
-ON_GPU = Window(documents=256, size=256 * 2**20, first=64)
+ON_CPU = WindowSize(documents=64, size=64 * 2**20)
+ON_GPU = WindowSize(documents=256, size=256 * 2**20, first=64)
 """Several batches, so that the GPU need not wait for what comes between two windows, but few at first, so that it soon has
 something to do, and goes on with it while the next ones are decoded. Up to five windows are in memory: one being decoded,
-one being copied to where the GPU fetches it, one that waits before each of the two, and one on its way to the GPU."""
+one being copied to where the GPU fetches it, one that waits before each of the two, and one on its way to the GPU; where a
+unit ends and the next one begins a few more."""
+
+UNITS_AT_ONCE = 2
+"""Units that each worker is handed: the next one waits there; a worker with a GPU begins it before the one before it ends."""
 
 Start = Callable[[], Callable[[], Codes]]
 """Begins to encode a window, and gives what waits for its codes. To be called once."""
@@ -63,16 +56,17 @@ class UnitWorker:
         self.tokenizers = Tokenizers.load(recipe, device)
         self.vocabulary: Vocabulary = self.tokenizers.vocabulary(recipe)
         bound = (source.bound(self.vocabulary, recipe.sequence_length) for source in recipe.sources)
-        self._sources = {source.name: source for source in bound}
         self._storage = Storage.of(recipe.dataset)
         self.window = ON_CPU if device == "cpu" else ON_GPU
         self.decoders = 0 if device == "cpu" else max(1, int(recipe.cluster.cpus_per_worker))
         """Processes that decode while the tokenizers encode; without any, all stages take turns."""
-        self._decoders: Decoders | None = None
         self._writing = WritingProcess(recipe.dataset, self.vocabulary)
+        self._staging, self._encoding = threading.Lock(), threading.Lock()
+        """The turns of units, if several are done at once."""
         choices = {s.name: Choice(filters=s.filters, weight=s.weight, seed=s.seed) for s in recipe.sources}
         shapes = self.tokenizers.shapes
-        self._preparation = Preparation(settings=recipe.tokenizers, shapes=shapes, choices=choices)
+        preparation = Preparation(settings=recipe.tokenizers, shapes=shapes, choices=choices)
+        self._reading = ReadingProcess({source.name: source for source in bound}, preparation)
 
     def ready(self, witness: str) -> None:
         """Answer once the tokenizers are loaded.
@@ -90,14 +84,15 @@ class UnitWorker:
             )
 
     def close(self) -> None:
-        """End decoders and writer, if there are any."""
+        """End the processes that read, decode and write, if there are any."""
+        self._reading.close()
         self._writing.close()
-        if self._decoders:
-            self._decoders.close()
-            self._decoders = None
 
     def run(self, unit: WorkUnit) -> WrittenShard:
-        """Read, decode, tokenize, interleave and write one unit."""
+        """Read, decode, tokenize, interleave and write one unit.
+
+        Beside a GPU another thread may give the next unit meanwhile: each stage takes it up when it is done with this one.
+        """
         if self.decoders:
             with closing(self._windows(unit)) as windows:
                 return self._writing.write(unit, windows)
@@ -110,50 +105,49 @@ class UnitWorker:
         with closing(self._windows(unit)) as windows:
             yield from rows_of(windows, self.vocabulary)
 
-    def _windows(self, unit: WorkUnit) -> Generator[tuple[list[Item], Codes], None, None]:
+    def _windows(self, unit: WorkUnit) -> Generator[Encoded, None, None]:
         """The windows of a unit with their codes."""
-        source = self._sources[unit.source]
-        windows = _windows(self._prepared(unit.source, source.read(unit.slices)), self.window)
+        windows = windows_of(self._chunks(unit), self.window)
         if self.decoders:
             return ahead(self._encoded(ahead(self._staged(ahead(windows, "read")), "stage")), "encode")
         return self._encoded(self._staged(windows))
 
-    def _prepared(self, source: str, items: Iterable[Document | Reject | Dropped]) -> Iterator[Item]:
-        if not self.decoders:
-            for item in items:
-                yield self._preparation.prepare(source, item) if isinstance(item, Document) else item
+    def _chunks(self, unit: WorkUnit) -> Iterator[Chunk]:
+        if self.decoders:
+            yield from self._reading.chunks(unit, self.decoders)
             return
-        if self._decoders is None:
-            self._decoders = Decoders(self._preparation, self.decoders)
-        yield from self._decoders.prepared(source, items)
+        prepare = self._reading.preparation.prepare
+        for item in self._reading.sources[unit.source].read(unit.slices):
+            yield Chunk.of([prepare(unit.source, item) if isinstance(item, Document) else item])
 
-    def _staged(self, windows: Iterable[list[Item]]) -> Generator[tuple[list[Item], Start], None, None]:
-        """Each window without its media, and what begins to encode them."""
-        for window in windows:
-            start = self._stage(window)
-            # While it waits for whoever takes the window, this must not hold its media.
-            window = [item.emptied() if isinstance(item, Prepared) else item for item in window]
-            yield window, start
+    def _staged(self, windows: Iterable[list[Chunk]]) -> Generator[tuple[list[Items], Start], None, None]:
+        """The items of each window, without its media, and what begins to encode them."""
+        with closing(in_turn(windows, self._staging)) as mine:
+            for window in mine:
+                start, items = self._stage(window), [chunk.items for chunk in window]
+                # While it waits for whoever takes the window, this must not hold its media.
+                del window
+                yield items, start
 
-    def _encoded(self, windows: Iterable[tuple[list[Item], Start]]) -> Generator[tuple[list[Item], Codes], None, None]:
+    def _encoded(self, windows: Iterable[tuple[list[Items], Start]]) -> Generator[Encoded, None, None]:
         """Each window with its codes. Beside decoders the next window is begun before the codes of one are waited for."""
-        begun: list[tuple[list[Item], Callable[[], Codes]]] = []
-        for window, start in windows:
-            begun.append((window, start()))
-            if len(begun) > bool(self.decoders):
-                done, codes = begun.pop(0)
-                yield done, codes()
+        begun: list[tuple[list[Items], Callable[[], Codes]]] = []
+        with closing(in_turn(windows, self._encoding)) as mine:
+            for items, start in mine:
+                begun.append((items, start()))
+                if len(begun) > bool(self.decoders):
+                    done, codes = begun.pop(0)
+                    yield done, codes()
         for done, codes in begun:
             yield done, codes()
 
-    def _stage(self, window: list[Item]) -> Start:
+    def _stage(self, window: list[Chunk]) -> Start:
         """Encode the texts of a window and make its media ready, sounds in one call, pictures in one for each shape."""
-        documents = [item for item in window if isinstance(item, Prepared)]
-        codes: Codes = {Modality.TEXT: self.tokenizers.text.encode(_payloads(documents, Modality.TEXT))}
+        codes: Codes = {Modality.TEXT: self.tokenizers.text.encode([text for chunk in window for text in chunk.texts])}
         staged: dict[Modality, Callable[[], Callable[[], list[np.ndarray]]]] = {}
-        if self.tokenizers.image and (pictures := _payloads(documents, Modality.IMAGE)):
+        if self.tokenizers.image and (pictures := [picture for chunk in window for picture in chunk.pictures]):
             staged[Modality.IMAGE] = partial(_start_by_shape, self.tokenizers.image, pictures)
-        if self.tokenizers.audio and (sounds := _payloads(documents, Modality.AUDIO)):
+        if self.tokenizers.audio and (sounds := [sound for chunk in window for sound in chunk.sounds]):
             staged[Modality.AUDIO] = self.tokenizers.audio.stage(sounds)
 
         def start() -> Callable[[], Codes]:
@@ -176,22 +170,3 @@ def _start_by_shape(tokenizer: ImageTokenizer, pictures: list[np.ndarray]) -> Ca
         return [codes[index] for index in range(len(pictures))]
 
     return result
-
-
-def _payloads(documents: Iterable[Prepared], modality: Modality) -> list:  # type: ignore[type-arg]
-    return [part.payload for item in documents for part in item.parts if part.modality is modality and not part.encoded]
-
-
-def _windows(items: Iterable[Item], most: Window) -> Generator[list[Item], None, None]:
-    window: list[Item] = []
-    size = 0
-    documents = most.first or most.documents
-    for item in items:
-        window.append(item)
-        if isinstance(item, Prepared):
-            size += item.size
-        if len(window) >= documents or size >= most.size:
-            yield window
-            window, size, documents = [], 0, min(2 * documents, most.documents)
-    if window:
-        yield window

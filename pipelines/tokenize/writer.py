@@ -8,15 +8,13 @@ ends, too. Always holds: it ends when its input does, and takes what is half-wri
 from __future__ import annotations
 
 import pickle
-import traceback
 from collections.abc import Iterator
 from typing import BinaryIO
 
 from pipelines.shards.storage import Storage
 from pipelines.shards.writer import ShardWriter
-from pipelines.tokenize.layout import Codes, rows_of
-from pipelines.tokenize.pipes import channels
-from pipelines.tokenize.prepare import Item
+from pipelines.tokenize.layout import Encoded, rows_of
+from pipelines.tokenize.pipes import channels, sendable
 
 
 class _GoneError(Exception):
@@ -39,14 +37,14 @@ def main() -> None:
         except _GoneError:
             return
         except Exception as error:
-            pickle.dump(_sendable(error), answer, protocol=5)
+            pickle.dump(sendable(error), answer, protocol=5)
             answer.flush()
             return
         pickle.dump(written, answer, protocol=5)
         answer.flush()
 
 
-def _windows(given: BinaryIO) -> Iterator[tuple[list[Item], Codes]]:
+def _windows(given: BinaryIO) -> Iterator[Encoded]:
     while True:
         try:
             window = pickle.load(given)
@@ -55,15 +53,6 @@ def _windows(given: BinaryIO) -> Iterator[tuple[list[Item], Codes]]:
         if window is None:
             return
         yield window
-
-
-def _sendable(error: Exception) -> Exception | str:
-    """The error, or its traceback where it does not survive the way."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return traceback.format_exc()
-    return error
 
 
 if __name__ == "__main__":

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import pickle
 import subprocess
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 
 from pipelines.corpus.errors import TransientError
 from pipelines.sequence import Vocabulary
 from pipelines.shards.writer import WrittenShard
-from pipelines.tokenize.layout import Codes
+from pipelines.tokenize.layout import Encoded
 from pipelines.tokenize.pipes import send, started
-from pipelines.tokenize.prepare import Item
 from pipelines.tokenize.units import WorkUnit
 
 
 class WritingProcess:
-    """Writes units of one dataset, and is kept from unit to unit.
+    """Writes units of one dataset, one after another, and is kept from unit to unit.
 
     Args:
         dataset: folder or URI.
@@ -33,14 +34,22 @@ class WritingProcess:
     def __init__(self, dataset: str, vocabulary: Vocabulary) -> None:
         self._dataset, self._vocabulary = dataset, vocabulary
         self._process: subprocess.Popen[bytes] | None = None
+        self._turn = threading.Lock()
 
-    def write(self, unit: WorkUnit, windows: Iterable[tuple[list[Item], Codes]]) -> WrittenShard:
-        """Write a unit.
+    def write(self, unit: WorkUnit, windows: Iterable[Encoded]) -> WrittenShard:
+        """Write a unit. Another thread may meanwhile give another one, whose turn comes then.
 
         Raises:
             TransientError: the process ended, such as for want of memory.
             Exception: what it met while it wrote, or what making the windows raised.
         """
+        windows = iter(windows)
+        # Whose first window is there has everything before it done, or in its hands: two units cannot wait for each other.
+        first = list(islice(windows, 1))
+        with self._turn:
+            return self._written(unit, chain(first, windows))
+
+    def _written(self, unit: WorkUnit, windows: Iterator[Encoded]) -> WrittenShard:
         process = self._process = self._process or self._started()
         try:
             answer = self._asked(process, unit, windows)
@@ -66,7 +75,7 @@ class WritingProcess:
         return process
 
     def _asked(
-        self, process: subprocess.Popen[bytes], unit: WorkUnit, windows: Iterable[tuple[list[Item], Codes]]
+        self, process: subprocess.Popen[bytes], unit: WorkUnit, windows: Iterator[Encoded]
     ) -> WrittenShard | Exception | str:
         # Nothing but the pipes is guarded: what making the windows raises is no fault of the process.
         listening = _heard(process, (unit.id, unit.record()))

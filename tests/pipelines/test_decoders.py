@@ -1,10 +1,18 @@
 """A unit that is read, decoded, encoded and written at once, as on a GPU: the same rows, and nothing is left running."""
 
 import dataclasses
+import gc
 import itertools
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
+import time
 import weakref
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +25,13 @@ from pipelines.corpus.documents import Reject
 from pipelines.corpus.errors import TransientError
 from pipelines.sequence import Modality
 from pipelines.shards.schema import Row
-from pipelines.tokenize import decoders, pipes
-from pipelines.tokenize.ahead import mapped
-from pipelines.tokenize.decoders import Decoders
-from pipelines.tokenize.layout import Codes
-from pipelines.tokenize.prepare import Item, Part, Prepared
+from pipelines.tokenize import pipes, reading
+from pipelines.tokenize.decoders import TAKEN
+from pipelines.tokenize.layout import Encoded
+from pipelines.tokenize.prepare import Part, Prepared
 from pipelines.tokenize.units import WorkUnit, grouped
-from pipelines.tokenize.worker import UnitWorker, Window, _windows
+from pipelines.tokenize.windows import Chunk, WindowSize, windows_of
+from pipelines.tokenize.worker import Start, UnitWorker
 from tests.pipelines.tiny import tiny_recipe
 
 
@@ -51,22 +59,38 @@ def own_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("braid-")]
 
 
-def of(worker: UnitWorker) -> Decoders:
-    assert worker._decoders
-    return worker._decoders
+def reader_of(worker: UnitWorker) -> int:
+    assert worker._reading._beside
+    return worker._reading._beside.process.pid
+
+
+def decoders_of(worker: UnitWorker) -> list[int]:
+    reader = reader_of(worker)
+    return [int(pid) for pid in Path(f"/proc/{reader}/task/{reader}/children").read_text().split()]
+
+
+def ended(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 @pytest.mark.parametrize(
     "window",
-    [Window(documents=256, size=2**28), Window(documents=3, size=2000), Window(documents=40, size=2**28, first=1)],
+    [
+        WindowSize(documents=256, size=2**28),
+        WindowSize(documents=3, size=2000),
+        WindowSize(documents=40, size=2**28, first=1),
+    ],
 )
-def test_decoders_change_no_row_and_no_order(worker: UnitWorker, window: Window) -> None:
+def test_decoders_change_no_row_and_no_order(worker: UnitWorker, window: WindowSize) -> None:
     expected = list(results(worker))
     worker.decoders, worker.window = 3, window
     assert list(results(worker)) == expected
     assert len(expected) == 42
     assert own_threads() == []
-    assert len(of(worker)._free) == decoders.PLACES
 
 
 def test_a_unit_that_a_process_writes_is_the_one_that_the_worker_writes(worker: UnitWorker) -> None:
@@ -87,7 +111,7 @@ def test_a_killed_writer_fails_its_unit_and_the_next_try_goes_well(worker: UnitW
     unit = max(units(worker), key=lambda unit: unit.size)
     expected = worker.run(unit).rows
 
-    def killing(unit: WorkUnit) -> Generator[tuple[list[Item], Codes], None, None]:
+    def killing(unit: WorkUnit) -> Generator[Encoded, None, None]:
         for window in UnitWorker._windows(worker, unit):
             yield window
             assert worker._writing._process
@@ -105,11 +129,11 @@ def test_a_killed_writer_fails_its_unit_and_the_next_try_goes_well(worker: UnitW
 def test_a_unit_that_fails_before_it_is_written_leaves_nothing_behind(
     worker: UnitWorker, error: type[Exception]
 ) -> None:
-    worker.decoders, worker.window = 1, Window(documents=1, size=2**20)
+    worker.decoders, worker.window = 1, WindowSize(documents=1, size=2**20)
     unit = max(units(worker), key=lambda unit: unit.size)
     worker.run(unit)
 
-    def failing(unit: WorkUnit) -> Generator[tuple[list[Item], Codes], None, None]:
+    def failing(unit: WorkUnit) -> Generator[Encoded, None, None]:
         yield from itertools.islice(UnitWorker._windows(worker, unit), 2)
         raise error("the GPU fell off")
 
@@ -137,25 +161,25 @@ def leftovers(worker: UnitWorker) -> list[Path]:
 
 
 def test_windows_grow_from_a_small_first_one_up_to_their_bounds() -> None:
-    def document(number: int) -> Prepared:
-        return Prepared("", f"d{number}", 0, "", [Part(Modality.AUDIO, np.zeros(25, np.float32), "")], None)
+    def document(number: int) -> Chunk:
+        return Chunk.of([Prepared("", f"d{number}", 0, "", [Part(Modality.AUDIO, np.zeros(25, np.float32), "")], None)])
 
-    def lengths(window: Window) -> list[int]:
-        return [len(found) for found in _windows(map(document, range(40)), window)]
+    def lengths(window: WindowSize) -> list[int]:
+        return [len(found) for found in windows_of(map(document, range(40)), window)]
 
-    assert lengths(Window(documents=16, size=2**20)) == [16, 16, 8]
-    assert lengths(Window(documents=16, size=2**20, first=3)) == [3, 6, 12, 16, 3]
-    assert lengths(Window(documents=16, size=700, first=3)) == [3, 6, 7, 7, 7, 7, 3]
+    assert lengths(WindowSize(documents=16, size=2**20)) == [16, 16, 8]
+    assert lengths(WindowSize(documents=16, size=2**20, first=3)) == [3, 6, 12, 16, 3]
+    assert lengths(WindowSize(documents=16, size=700, first=3)) == [3, 6, 7, 7, 7, 7, 3]
+    assert lengths(WindowSize(documents=16, size=50)) == [1] * 40
 
 
 def test_a_window_that_is_begun_holds_no_media(worker: UnitWorker) -> None:
     media: list[weakref.ref[np.ndarray]] = []
 
-    def window(unit: WorkUnit) -> list[Item]:
-        items = list(worker._prepared(unit.source, worker._sources[unit.source].read(unit.slices)))
-        parts = [part for item in items if isinstance(item, Prepared) for part in item.parts]
-        media.extend(weakref.ref(part.payload) for part in parts if not isinstance(part.payload, str))
-        return items
+    def window(unit: WorkUnit) -> list[Chunk]:
+        chunks = list(worker._chunks(unit))
+        media.extend(weakref.ref(array) for chunk in chunks for array in (*chunk.pictures, *chunk.sounds))
+        return chunks
 
     for _, start in worker._staged(map(window, units(worker))):
         start()
@@ -163,47 +187,67 @@ def test_a_window_that_is_begun_holds_no_media(worker: UnitWorker) -> None:
     assert media
 
 
-def test_arrays_that_do_not_fit_or_find_no_place_come_through_pipes(
+def test_arrays_that_do_not_fit_or_find_no_place_come_through_pipes_and_places_become_free(
     worker: UnitWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = list(results(worker))
-    monkeypatch.setattr(decoders, "PLACES", 2)
-    monkeypatch.setattr(decoders, "PLACE_BYTES", 2**12)
-    worker.decoders = 2
-    assert list(results(worker)) == expected
-    assert len(of(worker)._free) == 2
+    said: list[int] = []
+    say = reading._Beside._say
+
+    def heard(self: reading._Beside, what: int) -> None:
+        said.append(what)
+        say(self, what)
+
+    monkeypatch.setattr(reading._Beside, "_say", heard)
+    for places, size in ((2, 2**12), (2, 2**20), (64, 2**20)):
+        monkeypatch.setattr(reading, "PLACES", places)
+        monkeypatch.setattr(reading, "PLACE_BYTES", size)
+        worker.decoders = 2
+        for _ in range(2):
+            said.clear()
+            assert list(results(worker)) == expected
+            gc.collect()
+            chunks = said.count(TAKEN)
+            free = [number for number in said if number != TAKEN]
+            assert chunks > places or len(free) == chunks
+            assert set(free) <= set(range(places))
+        worker.close()
 
 
-def test_a_killed_decoder_fails_its_unit_and_the_next_try_goes_well(worker: UnitWorker) -> None:
+def test_a_killed_decoder_or_reader_fails_its_unit_and_the_next_try_goes_well(worker: UnitWorker) -> None:
     expected = list(results(worker))
     worker.decoders = 1
     assert list(results(worker)) == expected
-    (process,) = of(worker)._processes
-    process.kill()
-    with pytest.raises(TransientError, match=r"a decoder ended with exit code -9, at one of the .*cpus_per_worker"):
-        list(results(worker))
-    assert own_threads() == []
-    assert list(results(worker)) == expected
-
-
-def test_decoders_that_end_cost_no_memory_that_others_could_use(worker: UnitWorker) -> None:
-    worker.decoders = 2
-    expected = list(results(worker))
-    for _ in range(3):
-        of(worker)._processes[0].kill()
-        with pytest.raises(TransientError):
+    for find, message in (
+        (lambda: decoders_of(worker)[0], r"a decoder ended with exit code -9, at one of the .*cpus_per_worker"),
+        (lambda: reader_of(worker), r"the process that reads ended with exit code -9, at unit .*cpus_per_worker"),
+    ):
+        reader = reader_of(worker)
+        os.kill(find(), signal.SIGKILL)
+        with pytest.raises(TransientError, match=message):
             list(results(worker))
+        assert own_threads() == []
+        assert ended(reader)
+        assert list(results(worker)) == expected
+
+
+def test_a_unit_that_is_given_up_takes_its_processes_along_and_the_next_one_goes_well(worker: UnitWorker) -> None:
+    expected = list(results(worker))
+    worker.decoders, worker.window = 2, WindowSize(documents=1, size=2**20)
+    unit = max(units(worker), key=lambda unit: unit.size)
+    chunks = worker._chunks(unit)
+    next(chunks)
+    pids = [reader_of(worker), *decoders_of(worker)]
+    chunks.close()  # type: ignore[attr-defined]
+    assert len(pids) == 3
+    assert all(map(ended, pids))
     assert list(results(worker)) == expected
-    assert len(of(worker)._free) == decoders.PLACES
-    assert len(of(worker)._processes) == 2
 
 
-def test_a_decoder_that_cannot_be_started_again_is_missed_and_not_waited_for(
+def test_a_reader_that_cannot_be_started_is_missed_and_not_waited_for(
     worker: UnitWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker.decoders = 1
-    expected = list(results(worker))
-    of(worker)._processes[0].kill()
 
     def no_memory(*_: object, **__: object) -> None:
         raise OSError(12, "Cannot allocate memory")
@@ -213,49 +257,104 @@ def test_a_decoder_that_cannot_be_started_again_is_missed_and_not_waited_for(
         for _ in range(2):
             with pytest.raises(OSError, match="Cannot allocate memory"):
                 list(results(worker))
-    with pytest.raises(TransientError):
-        list(results(worker))
-    assert list(results(worker)) == expected
+    assert len(list(results(worker))) == 42
 
 
 def test_a_fault_of_the_program_in_a_decoder_is_seen(worker: UnitWorker) -> None:
     worker.decoders = 1
-    worker._preparation = dataclasses.replace(worker._preparation, choices={})
+    worker._reading.preparation = dataclasses.replace(worker._reading.preparation, choices={})
     with pytest.raises(RuntimeError, match=r"(?s)documents from .*KeyError"):
         list(results(worker))
 
 
-def test_decoders_end_with_their_worker(worker: UnitWorker) -> None:
+def test_what_reading_raises_is_raised_where_its_documents_would_have_come(
+    worker: UnitWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.decoders = 1
+    unit = max(units(worker), key=lambda unit: len(unit.slices))
+    path = Path(unit.slices[-1].input.parts[0])
+    path.unlink()
+    # What a source reads is gone: whatever the plain way makes of it.
+    worker.decoders = 0
+    expected = [item.reason for item in worker.rows(unit) if isinstance(item, Reject)]
+    worker.decoders = 1
+    assert [item.reason for item in worker.rows(unit) if isinstance(item, Reject)] == expected
+
+
+def test_processes_end_with_their_worker(worker: UnitWorker) -> None:
     worker.decoders = 2
-    list(results(worker))
-    processes = of(worker)._processes
-    assert [process.poll() for process in processes] == [None, None]
-    worker.close()
-    assert all(process.poll() is not None for process in processes)
     worker.run(units(worker)[0])
+    pids = [reader_of(worker), *decoders_of(worker)]
+    assert not any(map(ended, pids))
     writer = worker._writing._process
     assert writer
     worker.close()
+    assert all(map(ended, pids))
     assert writer.poll() == 0
 
 
+def test_processes_end_with_a_worker_that_is_killed_in_the_middle_of_a_unit(tmp_path: Path) -> None:
+    code = """
+        import sys, time
+        from pathlib import Path
+        from tests.pipelines.test_decoders import decoders_of, reader_of, units
+        from tests.pipelines.tiny import tiny_recipe
+        from pipelines.tokenize.worker import UnitWorker
+
+        worker = UnitWorker(tiny_recipe(Path(sys.argv[1])))
+        worker.decoders = 2
+        unit = max(units(worker), key=lambda unit: unit.size)
+        worker.run(unit)
+        rows = worker.rows(unit)
+        next(rows)
+        print(reader_of(worker), *decoders_of(worker), worker._writing._process.pid, flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 4
+        assert not any(map(ended, pids))
+        process.kill()
+    deadline = time.monotonic() + 20
+    while not all(map(ended, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_units_that_two_threads_give_are_done_one_behind_the_other(worker: UnitWorker) -> None:
+    def written(unit: WorkUnit) -> tuple[int, int, dict[str, Any], pa.Table]:
+        shard = worker.run(unit)
+        table = pq.read_table(Path(worker.recipe.dataset) / "shards" / shard.name)
+        return shard.rows, shard.rejects, shard.statistics, table
+
+    settings = worker.recipe.units.model_copy(update={"inputs": 2})
+    small = [unit for source in worker.recipe.sources for unit in grouped(source.name, source.inputs(), settings)]
+    expected = list(map(written, small))
+    assert len(small) > 8
+    worker.decoders, worker.window = 2, WindowSize(documents=2, size=2**20)
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(written, small)) == expected
+        # One that fails does not hold up the other, nor those behind it.
+        with pytest.MonkeyPatch.context() as patch:
+            stage, count = worker._stage, itertools.count()
+
+            def failing(window: list[Chunk]) -> Start:
+                if next(count) % 5 == 4:
+                    raise TransientError("the GPU fell off")
+                return stage(window)
+
+            patch.setattr(worker, "_stage", failing)
+            ends = [future.exception() for future in [threads.submit(written, unit) for unit in small]]
+        assert {type(end) for end in ends} == {TransientError, type(None)}
+        assert list(threads.map(written, small)) == expected
+    assert own_threads() == []
+
+
 def test_a_caller_that_stops_leaves_no_thread(worker: UnitWorker) -> None:
-    worker.decoders, worker.window = 2, Window(documents=1, size=2**20)
+    worker.decoders, worker.window = 2, WindowSize(documents=1, size=2**20)
     rows = worker.rows(max(units(worker), key=lambda unit: unit.size))
     assert not isinstance(next(rows), Reject)
     rows.close()  # type: ignore[attr-defined]
     assert own_threads() == []
-
-
-def test_mapping_is_in_order_and_bounded() -> None:
-    given: list[int] = []
-
-    def items() -> Iterator[int]:
-        for number in range(100):
-            given.append(number)
-            yield number
-
-    found = mapped(lambda number: number * number, items(), 3)
-    assert [next(found) for _ in range(5)] == [0, 1, 4, 9, 16]
-    assert len(given) <= 5 + 2 * 3 + 1
-    assert list(found) == [number * number for number in range(5, 100)]

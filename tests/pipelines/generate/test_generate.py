@@ -14,9 +14,10 @@ from pipelines.generate import GenerateError, Generator, Prompt, Request, Sampli
 from pipelines.generate.prompt import encode_prompt
 from pipelines.interleave import EncodedSpan
 from pipelines.sequence import Modality, SequenceError, Vocabulary, VocabularyError, parse
-from pipelines.tokenize.layout import laid_out
+from pipelines.tokenize.layout import rows_of
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.tokenizers import Tokenizers
+from pipelines.tokenize.windows import Chunk
 from tests.pipelines import tiny
 from tests.pipelines.generate.parts import CONTEXT, GREEDY, by_full_forwards, make_model, tokens_of
 
@@ -130,7 +131,8 @@ def test_files_as_prompt_go_through_the_preprocessing_of_the_dataset(
     document = Document(source="s", position=0, spans=tuple(spans))
     prepared = prepare(document, Filters(), recipe.tokenizers, worker.tokenizers.shapes)
     assert isinstance(prepared, Prepared)
-    [row] = laid_out([prepared], worker._stage([prepared])()(), worker.vocabulary)
+    chunk = Chunk.of([prepared])
+    [row] = rows_of([([chunk.items], worker._stage([chunk])()())], worker.vocabulary)
     encoded = encode_prompt(["the fox", *files], generator.vocabulary, generator.tokenizers)
     assert encoded.token_ids.tolist() == row.sequence.token_ids[:-1].tolist()  # type: ignore[union-attr]
     assert encoded.modality_ids.tolist() == row.sequence.modality_ids[:-1].tolist()  # type: ignore[union-attr]
