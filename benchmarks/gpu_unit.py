@@ -1,8 +1,8 @@
 """One GPU: a unit of work, whole, against the bare encode loop: `python -m benchmarks.gpu_unit`.
 
 The unit callable reads a tar in WebDataset's layout, decodes, tokenizes (the caption, too), interleaves and writes a shard,
-without Ray: the whole tar as one unit, and in units of the default size, of which it has two at a time, as in a job. The bare
-loop encodes the same pictures or clips, which lie decoded in memory, and does nothing else. All codes
+without Ray: the whole tar as one unit, and in units of 1 GiB and of 256 MiB (the default), of which it has two at a time, as
+in a job. The bare loop encodes the same pictures or clips, which lie decoded in memory, and does nothing else. All codes
 are compared. Pictures: JPEG of 256 x 256, VQGAN f16/16384 with random weights in float16. Sounds: WAV of 10 s at 24 kHz,
 EnCodec at 6 kbps with random weights in float16x2. Both as in `image_encode` and `audio_encode`. Without a GPU both networks
 are tiny, in float32.
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ def compare(
     total = amount * len(items)
     encode(items[:1024])
     bare: list[float] = []
-    ways = {"one unit": one_unit, "units of 256 MiB": units_at_once}
+    ways: dict[str, Callable[[UnitWorker], tuple[float, list[str]]]] = {"one unit": one_unit}
+    ways |= {f"units of {mib} MiB": partial(units_at_once, size=mib * 2**20) for mib in (1024, 256)}
     units: dict[tuple[int, str], list[float]] = {(count, way): [] for count in arguments.decoders for way in ways}
     shards = Path(worker.recipe.dataset) / "shards"
     for _ in range(arguments.repeat):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from pipelines.corpus.errors import RecordError
@@ -62,6 +62,14 @@ class _Extension:
     sparse: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place in a tar from which it can be walked as from its beginning."""
+
+    offset: int
+    everywhere: _Extension
+
+
 class Tar:
     """Walks an open tar, once.
 
@@ -69,14 +77,17 @@ class Tar:
         file: at byte 0.
         seekable: whether large members that nobody asks for may be jumped over; a decompressing stream must be read.
         jump: what is large: bytes that are read rather than jumped over.
+        begin: of a seekable tar, where another walk over it has been.
     """
 
-    def __init__(self, file: BinaryIO, *, seekable: bool, jump: int = _CHUNK) -> None:
+    def __init__(self, file: BinaryIO, *, seekable: bool, jump: int = _CHUNK, begin: Mark | None = None) -> None:
         self._file = file
         self._jump = jump
         self._seekable = seekable
         self._position = 0
         self._ended_at = 0
+        self._begin = begin.offset if begin else 0
+        self._everywhere = replace(begin.everywhere) if begin else _Extension()
 
     def members(self) -> Iterator[Member]:
         """The members up to the mark that ends the tar.
@@ -84,8 +95,8 @@ class Tar:
         Raises:
             TarError: it is damaged or cut off; what came before is good.
         """
-        offset = begin = 0
-        everywhere, here = _Extension(), _Extension()
+        offset = begin = self._begin
+        everywhere, here = self._everywhere, _Extension()
         while True:
             self._go(offset)
             header = self._read(BLOCK)
@@ -123,6 +134,10 @@ class Tar:
             yield Member(name.decode(errors="backslashreplace"), what, begin, data, size)
             offset = begin = data + _padded(size)
             here = _Extension()
+
+    def before(self, member: Member) -> Mark:
+        """Of the member that was yielded last: where it can be found again."""
+        return Mark(member.begin, replace(self._everywhere))
 
     def require_end(self) -> None:
         """Once all members are read: nothing follows the mark that ends the tar.

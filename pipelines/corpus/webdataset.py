@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 
 from pipelines.corpus.compressed import open_compressed
 from pipelines.corpus.documents import Document, Input, Reject, Slice
@@ -21,7 +21,7 @@ from pipelines.corpus.files import StoredBytes, find_files, open_part, stamp
 from pipelines.corpus.media_types import EXTENSIONS, MODALITIES, ending
 from pipelines.corpus.remote import is_remote
 from pipelines.corpus.samples import SampleFile, SampleReader
-from pipelines.corpus.tar import Member, Tar, TarError
+from pipelines.corpus.tar import Mark, Member, Tar, TarError
 from pipelines.sequence import Modality
 
 COMPRESSED = {".tar.gz": ".gz", ".tgz": ".gz", ".tar.zst": ".zst", ".tar.bz2": ".bz2"}
@@ -55,6 +55,10 @@ class WebDatasetSource(SampleReader):
     """Larger samples are quarantined, so that one cannot take a worker's memory."""
     max_expansion: float = Field(250, ge=1)
     """A compressed tar that unpacks to more than so many times its size is taken for a bomb."""
+
+    _passed: dict[tuple[str, str], dict[int, tuple[Mark, int]]] = PrivateAttr(default_factory=dict)
+    """By tar and where a slice of it ended: the first sample behind that, and its number. Whoever reads the next slice need
+    not walk over all that lies before it."""
 
     @field_validator("extensions")
     @classmethod
@@ -95,10 +99,12 @@ class WebDatasetSource(SampleReader):
         """The samples of a slice, each with its content or with what is wrong with it."""
         # The last slice also tells of what is wrong behind the last byte that was listed.
         stop = None if piece.stop == piece.input.size or not seekable else piece.stop
+        passed = self._passed.setdefault((part, piece.input.etag), {})
+        before = max((place for place in passed if place <= piece.start), default=None)
+        begin, count = passed[before] if before is not None and seekable else (None, 0)
         sample: _Sample | None = None
-        count = 0
         try:
-            tar = Tar(file, seekable=seekable, jump=_LOCAL_BUFFER if stored else _BUFFER)
+            tar = Tar(file, seekable=seekable, jump=_LOCAL_BUFFER if stored else _BUFFER, begin=begin)
             for member in tar.members():
                 if not (named := self._named(member)):
                     continue
@@ -107,6 +113,7 @@ class WebDatasetSource(SampleReader):
                     if sample and sample.begin >= piece.start:
                         yield sample
                     if stop is not None and member.begin >= stop:
+                        passed[stop] = tar.before(member), count
                         return
                     sample = _Sample(key, position=count, begin=member.begin)
                     count += 1

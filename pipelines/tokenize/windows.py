@@ -7,7 +7,7 @@ what goes on to the rows, so a window can let go of its media while it waits for
 from __future__ import annotations
 
 import pickle
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -74,11 +74,18 @@ def items_of(chunks: Iterable[Items]) -> list[Item]:
     return [item for items in chunks for item in (pickle.loads(items) if isinstance(items, bytes) else items)]
 
 
-def windows_of(chunks: Iterable[Chunk], most: WindowSize) -> Generator[list[Chunk], None, None]:
-    """Neighbouring chunks together."""
+def windows_of(
+    chunks: Iterable[Chunk], most: WindowSize, in_a_hurry: Callable[[], bool] = lambda: True
+) -> Generator[list[Chunk], None, None]:
+    """Neighbouring chunks together.
+
+    Args:
+        in_a_hurry: asked when the first chunk is there: whether the first window shall be small, if it may be.
+    """
     window: list[Chunk] = []
-    documents, size, wanted = 0, 0, most.first or most.documents
+    documents, size, wanted = 0, 0, 0
     for chunk in chunks:
+        wanted = wanted or (most.first if most.first and in_a_hurry() else most.documents)
         if window and (documents + chunk.documents > wanted or size + chunk.size > most.size):
             yield window
             window, documents, size, wanted = [], 0, 0, min(2 * wanted, most.documents)

@@ -40,6 +40,9 @@ something to do, and goes on with it while the next ones are decoded. Up to five
 one being copied to where the GPU fetches it, one that waits before each of the two, and one on its way to the GPU; where a
 unit ends and the next one begins a few more."""
 
+_ENCODED = 8
+"""Windows of codes, which are small, that may wait while the last row group of a unit is written."""
+
 UNITS_AT_ONCE = 2
 """Units that each worker is handed: the next one waits there; a worker with a GPU begins it before the one before it ends."""
 
@@ -107,9 +110,11 @@ class UnitWorker:
 
     def _windows(self, unit: WorkUnit) -> Generator[Encoded, None, None]:
         """The windows of a unit with their codes."""
-        windows = windows_of(self._chunks(unit), self.window)
+        # While another unit is encoded, the GPU does not wait for this one, and large batches take less time.
+        windows = windows_of(self._chunks(unit), self.window, in_a_hurry=lambda: not self._encoding.locked())
         if self.decoders:
-            return ahead(self._encoded(ahead(self._staged(ahead(windows, "read")), "stage")), "encode")
+            staged = ahead(self._staged(ahead(windows, "read")), "stage")
+            return ahead(self._encoded(staged), "encode", depth=_ENCODED)
         return self._encoded(self._staged(windows))
 
     def _chunks(self, unit: WorkUnit) -> Iterator[Chunk]:

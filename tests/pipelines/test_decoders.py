@@ -171,6 +171,8 @@ def test_windows_grow_from_a_small_first_one_up_to_their_bounds() -> None:
     assert lengths(WindowSize(documents=16, size=2**20, first=3)) == [3, 6, 12, 16, 3]
     assert lengths(WindowSize(documents=16, size=700, first=3)) == [3, 6, 7, 7, 7, 7, 3]
     assert lengths(WindowSize(documents=16, size=50)) == [1] * 40
+    patient = windows_of(map(document, range(40)), WindowSize(documents=16, size=2**20, first=3), lambda: False)
+    assert list(map(len, patient)) == [16, 16, 8]
 
 
 def test_a_window_that_is_begun_holds_no_media(worker: UnitWorker) -> None:

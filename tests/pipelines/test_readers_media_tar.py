@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from pipelines.corpus import tar
 from pipelines.corpus.documents import Document, Reject, Slice
 from pipelines.corpus.tar import Tar
 from pipelines.corpus.webdataset import WebDatasetSource
@@ -73,10 +74,59 @@ def divided(source: WebDatasetSource, cuts: Iterable[int]) -> list[Document | Re
     """Everything, each input read in slices, and each slice by itself."""
     results = []
     for item in source.inputs():
-        borders = [0, *sorted({cut % item.size for cut in cuts} - {0}), item.size] if item.size else [0, 0]
-        for start, stop in itertools.pairwise(borders):
+        for start, stop in itertools.pairwise(borders_of(item.size, cuts)):
             results += source.read([Slice(input=item, start=start, stop=stop)])
     return results
+
+
+def reversed_slices(file: Path, cuts: Iterable[int]) -> list[Document | Reject]:
+    """As `divided`, but the last slice is read first, so that none begins where another one ended."""
+    source = tar_source(file)
+    pieces: list[list[Document | Reject]] = []
+    for item in source.inputs():
+        borders = borders_of(item.size, cuts)
+        for start, stop in reversed(list(itertools.pairwise(borders))):
+            pieces.insert(0, list(source.read([Slice(input=item, start=start, stop=stop)])))
+    return [result for piece in pieces for result in piece]
+
+
+def borders_of(size: int, cuts: Iterable[int]) -> list[int]:
+    return [0, *sorted({cut % size for cut in cuts} - {0}), size] if size else [0, 0]
+
+
+def test_a_slice_behind_one_that_was_read_begins_where_that_one_ended(tmp_path: Path) -> None:
+    entries = [(f"{number:03}.txt", b"x" * 3000) for number in range(200)]
+    (item,) = tar_source(write_tar(tmp_path / "x.tar", entries)).inputs()
+    source = tar_source(tmp_path / "x.tar")
+    borders = [0, *range(item.size // 10, item.size, item.size // 10), item.size]
+    slices = [Slice(input=item, start=start, stop=stop) for start, stop in itertools.pairwise(borders)]
+    walked: list[int] = []
+    check = tar._checked_size
+
+    def counting(header: bytes, offset: int) -> int:
+        walked[-1] += 1
+        return check(header, offset)
+
+    def read(some: Iterable[Slice]) -> list[str]:
+        found = []
+        for piece in some:
+            walked.append(0)
+            found += [document.source for document in source.read([piece])]
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tar, "_checked_size", counting)
+        assert len(read(slices)) == 200
+        assert max(walked) < 200 / 10 + 5
+        # A worker that does every other unit walks over one between them.
+        source = tar_source(tmp_path / "x.tar")
+        walked.clear()
+        some = read(slices[1::2])
+        assert walked[0] < 2 * 200 / 10 + 5
+        assert max(walked[1:]) < 2 * 200 / 10 + 5
+    assert some == [
+        document.source for piece in slices[1::2] for document in tar_source(tmp_path / "x.tar").read([piece])
+    ]
 
 
 def test_the_librarys_own_shards_are_read(tmp_path: Path) -> None:
@@ -160,7 +210,8 @@ def test_any_division_gives_what_the_library_finds_once_and_in_order(
     bare = [item for item in results if isinstance(item, Reject)]
     assert {item.reason for item in bare} <= {"sample: nothing to take"}
     assert contents(item for item in results if item not in bare) == list(as_the_library_reads(file.read_bytes()))
-    assert results == everything(source)
+    assert results == everything(tar_source(file))
+    assert results == reversed_slices(file, cuts)
     assert len({(item.source, item.position) for item in results}) == len(results)
 
 
@@ -170,8 +221,8 @@ def test_members_lie_where_tarfile_finds_them(format: str) -> None:
     if format != "ustar":
         names += ["n" * 300 + ".txt", "é" * 120 + ".jpg"]
     raw = tar_bytes([*((name, name.encode() * 9) for name in names), special("dir", tarfile.DIRTYPE)], FORMATS[format])
-    tar = Tar(io.BytesIO(raw), seekable=True)
-    found = [(member, tar.content(member)) for member in tar.members()]
+    walk = Tar(io.BytesIO(raw), seekable=True)
+    found = [(member, walk.content(member)) for member in walk.members()]
     with tarfile.open(fileobj=io.BytesIO(raw)) as known:
         expected = [(info.name, info.offset, info.offset_data, info.size) for info in known]
     assert [(m.name.rstrip("/"), m.begin, m.data, m.size) for m, _ in found] == expected
