@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,7 +58,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--picture-ms", type=float, default=0.0, help="that encoding a picture shall take")
     parser.add_argument("--clip-ms", type=float, default=0.0)
-    parser.add_argument("--default-units", action="store_true", help="of 256 MiB, two at a time, as in a job")
+    parser.add_argument(
+        "--units-of", type=int, help="MiB, several at a time, as in a job (256 by default there), in place of one"
+    )
     parser.add_argument("--quick", action="store_true", help="an eighth of the files")
     arguments = parser.parse_args()
     share = 8 if arguments.quick else 1
@@ -80,7 +83,7 @@ def main() -> None:
 def whole(what: str, worker: UnitWorker, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Units, all stages at once: the median one of them."""
     worker.window, worker.decoders = ON_GPU, arguments.decoders
-    run = units_at_once if arguments.default_units else one_unit
+    run = partial(units_at_once, size=arguments.units_of * 2**20) if arguments.units_of else one_unit
     run(worker)
     units: list[tuple[float, dict[str, float], dict[str, float]]] = []
     for _ in range(arguments.repeat):

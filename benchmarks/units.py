@@ -27,11 +27,10 @@ def one_unit(worker: UnitWorker) -> tuple[float, list[str]]:
     return time.perf_counter() - began, [written.name]
 
 
-def units_at_once(worker: UnitWorker, size: int | None = None) -> tuple[float, list[str]]:
-    """Seconds of all inputs in units of so many bytes, or of the default size, handed to the worker as a job does, and their
-    shards' names."""
+def units_at_once(worker: UnitWorker, *, size: int) -> tuple[float, list[str]]:
+    """Seconds of all inputs in units of so many bytes, handed to the worker as a job does, and their shards' names."""
     (source,) = worker.recipe.sources
-    units = grouped(source.name, source.inputs(), UnitSettings(bytes=size) if size else UnitSettings())
+    units = grouped(source.name, source.inputs(), UnitSettings(bytes=size))
     began = time.perf_counter()
     with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
         names = [written.name for written in threads.map(worker.run, units)]

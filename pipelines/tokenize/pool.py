@@ -30,6 +30,9 @@ from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.units import WorkUnit
 from pipelines.tokenize.worker import UNITS_AT_ONCE, UnitWorker
 
+IN_FLIGHT = 2
+"""Units handed to each worker without a GPU: the next one waits there while one runs."""
+
 RETRY_AFTER_S = 1.0
 """Wait before a unit that failed is tried again; twice as long each further time."""
 
@@ -243,12 +246,12 @@ class Pool:
             if due <= now:
                 waiting[self._on_gpu(unit)].append(unit)
         self._delayed = [(due, unit) for due, unit in self._delayed if due > now]
-        for depth in range(UNITS_AT_ONCE):
+        for depth in range(max(UNITS_AT_ONCE, IN_FLIGHT)):
             for actor in self._actors:
                 if (
                     waiting[actor.on_gpu]
                     and actor.ready
-                    and len(actor.running) == depth
+                    and len(actor.running) == depth < (UNITS_AT_ONCE if actor.on_gpu else IN_FLIGHT)
                     and (not depth or not self._suspicious(actor, waiting[actor.on_gpu][0]))
                 ):
                     unit = waiting[actor.on_gpu].popleft()

@@ -43,8 +43,8 @@ unit ends and the next one begins a few more."""
 _ENCODED = 8
 """Windows of codes, which are small, that may wait while the last row group of a unit is written."""
 
-UNITS_AT_ONCE = 2
-"""Units that each worker is handed: the next one waits there; a worker with a GPU begins it before the one before it ends."""
+UNITS_AT_ONCE = 3
+"""Units that a worker with a GPU is to have: while one is written another one is encoded and the next one is read."""
 
 Start = Callable[[], Callable[[], Codes]]
 """Begins to encode a window, and gives what waits for its codes. To be called once."""
