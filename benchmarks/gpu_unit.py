@@ -1,8 +1,8 @@
 """One GPU: a unit of work, whole, against the bare encode loop: `python -m benchmarks.gpu_unit`.
 
 The unit callable reads a tar in WebDataset's layout, decodes, tokenizes (the caption, too), interleaves and writes a shard,
-without Ray: the whole tar as one unit, and in units of 1 GiB and of 256 MiB (the default), of which it has two at a time, as
-in a job. The bare loop encodes the same pictures or clips, which lie decoded in memory, and does nothing else. All codes
+without Ray: the whole tar as one unit, and in units of 1 GiB and of 256 MiB (the default), of which it has several at a time,
+as in a job. The bare loop encodes the same pictures or clips, which lie decoded in memory, and does nothing else. All codes
 are compared. Pictures: JPEG of 256 x 256, VQGAN f16/16384 with random weights in float16. Sounds: WAV of 10 s at 24 kHz,
 EnCodec at 6 kbps with random weights in float16x2. Both as in `image_encode` and `audio_encode`. Without a GPU both networks
 are tiny, in float32.

@@ -99,7 +99,8 @@ class WebDatasetSource(SampleReader):
         """The samples of a slice, each with its content or with what is wrong with it."""
         # The last slice also tells of what is wrong behind the last byte that was listed.
         stop = None if piece.stop == piece.input.size or not seekable else piece.stop
-        passed = self._passed.setdefault((part, piece.input.etag), {})
+        tar_file = part, piece.input.etag
+        passed = self._passed.get(tar_file, {})
         before = max((place for place in passed if place <= piece.start), default=None)
         begin, count = passed[before] if before is not None and seekable else (None, 0)
         sample: _Sample | None = None
@@ -113,7 +114,7 @@ class WebDatasetSource(SampleReader):
                     if sample and sample.begin >= piece.start:
                         yield sample
                     if stop is not None and member.begin >= stop:
-                        passed[stop] = tar.before(member), count
+                        self._passed.setdefault(tar_file, {})[stop] = tar.before(member), count
                         return
                     sample = _Sample(key, position=count, begin=member.begin)
                     count += 1

@@ -32,7 +32,11 @@ class Prefetcher(Generic[Item]):
         item = self._ready.get()
         if isinstance(item, BaseException):
             self.close()
-            raise item
+            try:
+                raise item
+            finally:
+                # Else the error's traceback would hold this frame, and this frame the error.
+                del item
         return item
 
     def close(self) -> None:

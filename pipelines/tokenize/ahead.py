@@ -7,7 +7,7 @@ raised where its item would have come; and no thread outlives the loop that it w
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from contextlib import closing
 from itertools import islice
 from typing import TypeVar
@@ -26,15 +26,16 @@ def ahead(items: Generator[A, None, None], name: str, depth: int = 1) -> Generat
         items.close()
 
 
-def in_turn(items: Iterable[A], turn: threading.Lock) -> Generator[A, None, None]:
-    """The items; others that want this turn wait from the first one on until the last one is done with.
+def in_turn(items: Generator[A, None, None], turn: threading.Lock) -> Generator[A, None, None]:
+    """The items; others that want this turn wait from the first one on until the last one is done with. Closing this closes
+    them.
 
     Where units go through stages, each with its turn, whoever has the turn of a stage has passed the stages before, or has
     their turns as well; so two units cannot wait for each other.
     """
-    items = iter(items)
-    # In a list, for what is handed on must not stay in memory here.
-    while first := list(islice(items, 1)):
-        with turn:
-            yield first.pop()
-            yield from items
+    with closing(items):
+        # In a list, for what is handed on must not stay in memory here.
+        while first := list(islice(items, 1)):
+            with turn:
+                yield first.pop()
+                yield from items

@@ -45,7 +45,9 @@ class _Asked:
     """A chunk that is with a decoder, or back."""
 
     process: subprocess.Popen[bytes]
-    documents: list[Document | Reject | Dropped]
+    documents: int
+    first: str
+    """Its first document's source."""
     answer: bytes | None = None
 
 
@@ -79,26 +81,29 @@ class Decoders:
             process.kill()
             process.communicate()
 
-    def answers(self, source: str, items: Iterable[Document | Reject | Dropped]) -> Iterator[bytes]:
-        """What decoders make of the items of a source; after a decoder that ended, an error is the last one.
+    def answers(self, source: str, items: Iterable[Document | Reject | Dropped], most: int) -> Iterator[bytes]:
+        """What decoders make of the items of a source, at most so many at once; after a decoder that ended, an error is the
+        last one.
 
         Raises:
             WorkerGoneError: the worker has ended, or needs nothing any more.
         """
         waiting: deque[_Asked] = deque()
-        for chunk in _chunks(items):
+        for chunk in _chunks(items, min(most, CHUNK_DOCUMENTS)):
+            self._look(wait=False)
+            yield from _ready(waiting)
             while not self._idle or self._on_the_way >= _UNDER_WAY * len(self._processes):
-                self._look()
+                self._look(wait=True)
                 yield from _ready(waiting)
             waiting.append(self._ask(source, chunk))
         while waiting:
-            self._look()
+            self._look(wait=True)
             yield from _ready(waiting)
 
     def _ask(self, source: str, items: list[Document | Reject | Dropped]) -> _Asked:
         process = self._idle.pop()
         assert process.stdout
-        asked = _Asked(process, items)
+        asked = _Asked(process, len(items), items[0].source)
         self._on_the_way += 1
         self._asked[process.stdout.fileno()] = asked
         self._poll.register(process.stdout, select.POLLIN)
@@ -109,9 +114,9 @@ class Decoders:
             send(process, (source, place, items))
         return asked
 
-    def _look(self) -> None:
-        """Wait until a decoder has answered, or the worker has told something."""
-        for descriptor, _ in self._poll.poll():
+    def _look(self, *, wait: bool) -> None:
+        """Take what decoders have answered and the worker has told, and if there is none perhaps wait for some."""
+        for descriptor, _ in self._poll.poll(None if wait else 0):
             if descriptor == self._told:
                 self._hear()
                 continue
@@ -145,19 +150,19 @@ def _ready(waiting: deque[_Asked]) -> Iterator[bytes]:
 
 def _ended(asked: _Asked) -> TransientError:
     return TransientError(
-        f"a decoder ended with exit code {asked.process.wait()}, at one of the {len(asked.documents)} documents from "
-        f"{asked.documents[0].source} on; if it was for want of memory, lower cluster.cpus_per_worker"
+        f"a decoder ended with exit code {asked.process.wait()}, at one of the {asked.documents} documents from "
+        f"{asked.first} on; if it was for want of memory, lower cluster.cpus_per_worker"
     )
 
 
-def _chunks(items: Iterable[Document | Reject | Dropped]) -> Iterator[list[Document | Reject | Dropped]]:
+def _chunks(items: Iterable[Document | Reject | Dropped], most: int) -> Iterator[list[Document | Reject | Dropped]]:
     chunk: list[Document | Reject | Dropped] = []
     size = 0
     for item in items:
         chunk.append(item)
         if isinstance(item, Document):
             size += sum(len(span.data) for span in item.spans)
-        if len(chunk) >= CHUNK_DOCUMENTS or size >= CHUNK_BYTES:
+        if len(chunk) >= most or size >= CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
     if chunk:

@@ -73,7 +73,8 @@ def taken(pipe: IO[bytes]) -> bytes:
 
 
 def sendable(error: Exception) -> Exception | str:
-    """The error, or its traceback where it does not survive the way."""
+    """The error, with a note of where it was raised, or its traceback alone where it does not survive the way."""
+    error.add_note("".join(traceback.format_exception(error)))
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -66,7 +66,7 @@ class _Actor:
     on_gpu: bool
     ready: bool = False
     running: list[Any] = field(default_factory=list)
-    """Results to come, in the order in which the worker does them."""
+    """Results to come, in the order in which the worker was given their units."""
 
 
 Waiting = dict[bool, deque[WorkUnit]]
@@ -90,6 +90,8 @@ class Pool:
         self._pending: dict[Any, tuple[_Actor, WorkUnit | None]] = {}
         """What Ray owes: results with their units, and starting workers with None."""
         self._tries: Counter[str] = Counter()
+        self._suspects: set[str] = set()
+        """Units that were being done beside others when their worker died."""
         self._delayed: list[tuple[float, WorkUnit]] = []
         """Units to be tried again from a time on."""
         self._failed: list[str] = []
@@ -200,14 +202,17 @@ class Pool:
                 time.sleep(_RESTART_POLL_S)
                 self._await_start(actor)
                 return None
-            # The first was being done, perhaps the last part of it beside the beginning of the second; if that one is to
-            # blame, it kills the next worker while it is the first. The worker comes back, and the others wait for it or for
-            # another.
-            lost = [self._pending.pop(r)[1] for r in actor.running]
+            lost = [unit for _, unit in map(self._pending.pop, actor.running) if unit]
             actor.running, actor.ready = [], False
+            # The worker comes back, and its units wait for it or for another.
             self._await_start(actor)
-            waiting[actor.on_gpu].extendleft(u for u in reversed(lost[1:]) if u)
-            assert lost[0]
+            if actor.on_gpu and len(lost) > 1:
+                # Several were being done: each is done alone now, and who is to blame dies again.
+                self._suspects.update(unit.id for unit in lost)
+                waiting[actor.on_gpu].extendleft(reversed(lost))
+                return None
+            # Only the first was being done.
+            waiting[actor.on_gpu].extendleft(reversed(lost[1:]))
             self._again(lost[0], "died", "its worker died without a Python error (out of memory, or killed)")
             return None
         except ObjectLostError:
@@ -248,22 +253,31 @@ class Pool:
         self._delayed = [(due, unit) for due, unit in self._delayed if due > now]
         for depth in range(max(UNITS_AT_ONCE, IN_FLIGHT)):
             for actor in self._actors:
-                if (
-                    waiting[actor.on_gpu]
-                    and actor.ready
-                    and len(actor.running) == depth < (UNITS_AT_ONCE if actor.on_gpu else IN_FLIGHT)
-                    and (not depth or not self._suspicious(actor, waiting[actor.on_gpu][0]))
-                ):
-                    unit = waiting[actor.on_gpu].popleft()
-                    reference = actor.handle.run.remote(unit)
+                most = UNITS_AT_ONCE if actor.on_gpu else IN_FLIGHT
+                if actor.ready and len(actor.running) == depth < most and (given := self._next(actor, waiting)):
+                    reference = actor.handle.run.remote(given)
                     actor.running.append(reference)
-                    self._pending[reference] = actor, unit
+                    self._pending[reference] = actor, given
         if not self._delayed:
             self._give_back(waiting)
 
-    def _suspicious(self, actor: _Actor, unit: WorkUnit) -> bool:
-        """Whether the unit, or one that the worker has, has failed before: such units are done alone, to know which fails."""
-        return any(self._tries[other.id] for other in (unit, *(self._pending[r][1] for r in actor.running)) if other)
+    def _next(self, actor: _Actor, waiting: Waiting) -> WorkUnit | None:
+        """The unit that a worker is to do next, if there is one; taken from those that wait.
+
+        Units that failed, or were lost with their worker, are done alone, so that it is known which of them fails.
+        """
+        units = waiting[actor.on_gpu]
+        if not actor.running:
+            return units.popleft() if units else None
+        if any(self._suspicious(self._pending[reference][1]) for reference in actor.running):
+            return None
+        unit = next((unit for unit in units if not self._suspicious(unit)), None)
+        if unit:
+            units.remove(unit)
+        return unit
+
+    def _suspicious(self, unit: WorkUnit | None) -> bool:
+        return unit is not None and (unit.id in self._suspects or self._tries[unit.id] > 0)
 
     def _give_back(self, waiting: Waiting) -> None:
         """Let go of workers for which nothing is left, those that a busy cluster has not started yet too."""

@@ -2,9 +2,9 @@
 `pipelines.tokenize.reading`.
 
 Enters, on standard input, as pickles of our own parent: sources, a `Preparation`, the number of decoders and the places
-in the shared memory, then units, each as its source and slices. Leaves, on standard output: for each its chunks, as
-decoders have answered, or the error that came in their place, and zero bytes behind the last one. Always holds: it ends when
-its input does, and its decoders with it.
+in the shared memory, then units, each as its source, its slices and how many documents a chunk may have. Leaves, on standard
+output: for each its chunks, as decoders have answered, or the error that came in their place, and zero bytes behind the last
+one. Always holds: it ends when its input does, and its decoders with it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ def main() -> None:
     given, answer = channels()
     decoders: Decoders | None = None
     try:
-        sources, preparation, count, places = pickle.load(given)
-        decoders = Decoders(preparation, count, memory=memory, places=places, told=told)
+        try:
+            sources, preparation, count, places = pickle.load(given)
+            decoders = Decoders(preparation, count, memory=memory, places=places, told=told)
+        except Exception as error:
+            # In place of the first unit's documents.
+            put(answer, pickle.dumps(sendable(error), 5))
+            return
         while True:
-            source, slices = pickle.load(given)
-            for data in _answers(decoders, sources[source], source, slices):
+            source, slices, most = pickle.load(given)
+            for data in _answers(decoders, sources[source], source, slices, most):
                 put(answer, data)
             put(answer, b"")
     except (EOFError, pickle.UnpicklingError, BrokenPipeError, WorkerGoneError):
@@ -39,9 +44,9 @@ def main() -> None:
             decoders.close()
 
 
-def _answers(decoders: Decoders, source: Reader, name: str, slices: Sequence[Slice]) -> Iterator[bytes]:
+def _answers(decoders: Decoders, source: Reader, name: str, slices: Sequence[Slice], most: int) -> Iterator[bytes]:
     try:
-        yield from decoders.answers(name, source.read(slices))
+        yield from decoders.answers(name, source.read(slices), most)
     except WorkerGoneError:
         raise
     except Exception as error:

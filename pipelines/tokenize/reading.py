@@ -31,15 +31,15 @@ from pipelines.tokenize.prepare import Preparation
 from pipelines.tokenize.units import WorkUnit
 from pipelines.tokenize.windows import Chunk
 
-PLACE_BYTES = 2**24
-"""Of shared memory for the arrays of one chunk. What does not fit comes through pipes."""
+PLACE_BYTES = 2**26
+"""Of shared memory for the arrays of one chunk, such as 16 sounds of 40 s. What does not fit comes through pipes."""
 
 PLACES = 320
-"""Enough for the windows in memory, of two units. Memory is taken only for those that are used."""
+"""Enough for the windows in memory. Memory is taken only for those that are used, and as much of each as was needed."""
 
 _SWITCH_S = 2e-4
 _END_S = 5.0
-"""For a process that is to end by itself, and may be reading."""
+"""For a process that is to end by itself."""
 
 
 class ReadingProcess:
@@ -54,11 +54,12 @@ class ReadingProcess:
         self._turn = threading.Lock()
         self._beside: _Beside | None = None
 
-    def chunks(self, unit: WorkUnit, decoders: int) -> Generator[Chunk, None, None]:
+    def chunks(self, unit: WorkUnit, decoders: int, most: int) -> Generator[Chunk, None, None]:
         """The chunks of a unit. Another thread may meanwhile ask for another unit's, whose turn comes then.
 
         Args:
             decoders: processes that decode, if none are there yet.
+            most: documents of a chunk.
 
         Raises:
             TransientError: a process ended, such as for want of memory.
@@ -67,7 +68,7 @@ class ReadingProcess:
         with self._turn:
             self._beside = self._beside or _Beside(self.sources, self.preparation, decoders)
             try:
-                yield from self._beside.chunks(unit)
+                yield from self._beside.chunks(unit, most)
             except BaseException:
                 # It may be in the middle of a unit that nobody wants any more.
                 self.close()
@@ -88,6 +89,8 @@ class _Beside:
         sys.setswitchinterval(_SWITCH_S)
         memory, (told, tell) = os.memfd_create("braid"), os.pipe()
         self._tell = os.fdopen(tell, "wb", buffering=0)
+        self._telling = threading.RLock()
+        """Arrays are let go of by any thread, at any time, also in the middle of telling."""
         try:
             os.ftruncate(memory, PLACES * PLACE_BYTES)
             self._memory = mmap.mmap(memory, 0)
@@ -96,26 +99,34 @@ class _Beside:
             os.close(memory)
             os.close(told)
         places = [Place(number, number * PLACE_BYTES, PLACE_BYTES) for number in range(PLACES)]
-        send(self.process, (sources, preparation, decoders, places))
+        with suppress(BrokenPipeError):
+            send(self.process, (sources, preparation, decoders, places))
 
-    def chunks(self, unit: WorkUnit) -> Generator[Chunk, None, None]:
+    def chunks(self, unit: WorkUnit, most: int) -> Generator[Chunk, None, None]:
+        # What has ended it is seen when it is listened to.
+        with suppress(BrokenPipeError):
+            send(self.process, (unit.source, unit.slices, most))
+        while data := self._heard(unit):
+            self._say(TAKEN)
+            yield self._chunk(data)
+
+    def _heard(self, unit: WorkUnit) -> bytes:
+        # Nothing but the pipe is guarded: what reading raises comes through it, and may be an EOFError, too.
         assert self.process.stdout
         try:
-            send(self.process, (unit.source, unit.slices))
-            while data := taken(self.process.stdout):
-                self._say(TAKEN)
-                yield self._chunk(data)
-        except (EOFError, BrokenPipeError) as error:
+            return taken(self.process.stdout)
+        except EOFError as error:
             raise TransientError(
                 f"the process that reads ended with exit code {self.process.wait()}, at unit {unit.id}; if it was for "
                 "want of memory, lower cluster.cpus_per_worker"
             ) from error
 
     def close(self) -> None:
+        """End it, and with it its decoders. It is waited for, unless a file that it waits for does not come."""
         assert self.process.stdin
         assert self.process.stdout
-        self._tell.close()
-        # It sees this whatever it waits for; only where it waits for a file it does not.
+        with self._telling:
+            self._tell.close()
         self.process.stdout.close()
         with suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -144,5 +155,5 @@ class _Beside:
 
     def _say(self, what: int) -> None:
         # It may have ended, or been ended, and needs to know nothing then.
-        with suppress(BrokenPipeError, ValueError):
+        with self._telling, suppress(BrokenPipeError, ValueError):
             self._tell.write(TOLD.pack(what))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import partial
 
@@ -119,13 +119,13 @@ class UnitWorker:
 
     def _chunks(self, unit: WorkUnit) -> Iterator[Chunk]:
         if self.decoders:
-            yield from self._reading.chunks(unit, self.decoders)
+            yield from self._reading.chunks(unit, self.decoders, self.window.documents)
             return
         prepare = self._reading.preparation.prepare
         for item in self._reading.sources[unit.source].read(unit.slices):
             yield Chunk.of([prepare(unit.source, item) if isinstance(item, Document) else item])
 
-    def _staged(self, windows: Iterable[list[Chunk]]) -> Generator[tuple[list[Items], Start], None, None]:
+    def _staged(self, windows: Generator[list[Chunk], None, None]) -> Generator[tuple[list[Items], Start], None, None]:
         """The items of each window, without its media, and what begins to encode them."""
         with closing(in_turn(windows, self._staging)) as mine:
             for window in mine:
@@ -134,7 +134,7 @@ class UnitWorker:
                 del window
                 yield items, start
 
-    def _encoded(self, windows: Iterable[tuple[list[Items], Start]]) -> Generator[Encoded, None, None]:
+    def _encoded(self, windows: Generator[tuple[list[Items], Start], None, None]) -> Generator[Encoded, None, None]:
         """Each window with its codes. Beside decoders the next window is begun before the codes of one are waited for."""
         begun: list[tuple[list[Items], Callable[[], Codes]]] = []
         with closing(in_turn(windows, self._encoding)) as mine:
@@ -172,6 +172,6 @@ def _start_by_shape(tokenizer: ImageTokenizer, pictures: list[np.ndarray]) -> Ca
 
     def result() -> list[np.ndarray]:
         codes = {index: found for indices, wait in begun for index, found in zip(indices, wait(), strict=True)}
-        return [codes[index] for index in range(len(pictures))]
+        return [codes[index] for index in range(len(codes))]
 
     return result

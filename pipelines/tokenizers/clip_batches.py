@@ -134,7 +134,7 @@ def fill(rows: Tensor, waveforms: Sequence[np.ndarray]) -> None:
             torch.from_numpy(np.require(waveform, np.float32, ["C", "W"])),
             silence[: rows.shape[1] - len(waveform)],
         )
-    # One call, for after each the thread would have to wait for Python's lock, which decoders' threads want too.
+    # One call, for after each the thread would have to wait for Python's lock, which other threads want too.
     torch.cat(parts, out=rows.view(-1))
 
 

@@ -175,11 +175,11 @@ class AudioTokenizer:
         the two.
         """
         cut = self._segmented(waveforms)
-        pieces = list(chain.from_iterable(cut))
+        pieces, counts = list(chain.from_iterable(cut)), list(map(len, cut))
         if self._fast:
-            return partial(self._landed, cut, self._fast.start(pieces))
+            return partial(self._landed, counts, self._fast.start(pieces))
         codes = self._encode(pieces)
-        return lambda: _joined(cut, codes)
+        return lambda: _joined(counts, codes)
 
     @torch.inference_mode()
     def stage(self, waveforms: Sequence[np.ndarray]) -> Callable[[], Callable[[], list[np.ndarray]]]:
@@ -191,11 +191,13 @@ class AudioTokenizer:
         if not self._fast:
             return partial(self.start, waveforms)
         cut = self._segmented(waveforms)
-        start = self._fast.stage(list(chain.from_iterable(cut)))
+        start, counts = self._fast.stage(list(chain.from_iterable(cut))), list(map(len, cut))
+        # What is returned needs no waveform, and must not hold one.
+        del cut
 
         @torch.inference_mode()
         def begin() -> Callable[[], list[np.ndarray]]:
-            return partial(self._landed, cut, start())
+            return partial(self._landed, counts, start())
 
         return begin
 
@@ -207,8 +209,8 @@ class AudioTokenizer:
                 )
         return self._segments(waveforms, self.hop)
 
-    def _landed(self, cut: list[list[np.ndarray]], pending: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
-        return _joined(cut, self._representable(pending()))
+    def _landed(self, counts: list[int], pending: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
+        return _joined(counts, self._representable(pending()))
 
     def agreement(self, reference: AudioTokenizer, waveforms: Sequence[np.ndarray]) -> np.ndarray:
         """Share of the codes of clips that equal those of `reference`, the same tokenizer in float32, say.
@@ -280,7 +282,7 @@ class AudioTokenizer:
         if len(depths) > 1:
             raise VocabularyError(f"clips of one batch have {depths} codebooks: decode clips of equal depth together.")
         cut = self._segments(clips, 1)
-        return _joined(cut, self._decode(list(chain.from_iterable(cut))))
+        return _joined(list(map(len, cut)), self._decode(list(chain.from_iterable(cut))))
 
     def _decode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         waveforms: list[np.ndarray] = [np.empty(0)] * len(clips)
@@ -333,10 +335,10 @@ class AudioTokenizer:
             )
 
 
-def _joined(cut: list[list[np.ndarray]], pieces: list[np.ndarray]) -> list[np.ndarray]:
-    """What became of the pieces of each clip, as one array a clip."""
+def _joined(counts: list[int], pieces: list[np.ndarray]) -> list[np.ndarray]:
+    """What became of the pieces of each clip, so many of each, as one array a clip."""
     done = iter(pieces)
-    parts = [list(islice(done, len(segments))) for segments in cut]
+    parts = [list(islice(done, count)) for count in counts]
     return [part[0] if len(part) == 1 else np.concatenate(part) for part in parts]
 
 

@@ -127,6 +127,6 @@ class FixedBatches:
 def fill(staged: Tensor, items: Sequence[NDArray[Any]] | NDArray[Any]) -> None:
     """Write items into the first rows of a batch, and zeros into the others."""
     rows = staged[: len(items)]
-    # One call, for after each the thread would have to wait for Python's lock, which decoders' threads want too.
+    # One call, for after each the thread would have to wait for Python's lock, which other threads want too.
     torch.stack([torch.from_numpy(np.require(item, requirements=["C", "W"])) for item in items], out=rows)
     staged[len(items) :] = 0

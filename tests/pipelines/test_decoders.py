@@ -11,7 +11,7 @@ import textwrap
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.corpus.documents import Reject
+from pipelines.corpus.documents import Document, Dropped, Reject, Slice
 from pipelines.corpus.errors import TransientError
+from pipelines.corpus.media_folder import MediaFolderSource
 from pipelines.sequence import Modality
 from pipelines.shards.schema import Row
 from pipelines.tokenize import pipes, reading
@@ -31,7 +32,7 @@ from pipelines.tokenize.layout import Encoded
 from pipelines.tokenize.prepare import Part, Prepared
 from pipelines.tokenize.units import WorkUnit, grouped
 from pipelines.tokenize.windows import Chunk, WindowSize, windows_of
-from pipelines.tokenize.worker import Start, UnitWorker
+from pipelines.tokenize.worker import UNITS_AT_ONCE, Start, UnitWorker
 from tests.pipelines.tiny import tiny_recipe
 
 
@@ -183,9 +184,10 @@ def test_a_window_that_is_begun_holds_no_media(worker: UnitWorker) -> None:
         media.extend(weakref.ref(array) for chunk in chunks for array in (*chunk.pictures, *chunk.sounds))
         return chunks
 
-    for _, start in worker._staged(map(window, units(worker))):
-        start()
+    for _, start in worker._staged(window(unit) for unit in units(worker)):
+        codes = start()
         assert [ref() for ref in media if ref() is not None] == []
+        assert codes()
     assert media
 
 
@@ -269,18 +271,47 @@ def test_a_fault_of_the_program_in_a_decoder_is_seen(worker: UnitWorker) -> None
         list(results(worker))
 
 
-def test_what_reading_raises_is_raised_where_its_documents_would_have_come(
-    worker: UnitWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class RaisingSource(MediaFolderSource):
+    """Gives one document, and then what `raises` names."""
+
+    raises: str = "EOFError"
+
+    def read(self, slices: Sequence[Slice]) -> Iterator[Document | Reject | Dropped]:
+        yield next(super().read(slices))
+        kinds = {error.__name__: error for error in (EOFError, BrokenPipeError, KeyError, TransientError)}
+        raise kinds[self.raises]("the corpus says so")
+
+
+@pytest.mark.parametrize("name", ["EOFError", "BrokenPipeError", "KeyError", "TransientError"])
+def test_what_reading_raises_is_raised_and_says_where(worker: UnitWorker, name: str) -> None:
     worker.decoders = 1
-    unit = max(units(worker), key=lambda unit: len(unit.slices))
-    path = Path(unit.slices[-1].input.parts[0])
-    path.unlink()
-    # What a source reads is gone: whatever the plain way makes of it.
-    worker.decoders = 0
-    expected = [item.reason for item in worker.rows(unit) if isinstance(item, Reject)]
+    expected = list(results(worker))
+    whole = worker._reading.sources
+    (media,) = [source for source in whole.values() if isinstance(source, MediaFolderSource)]
+    raising = RaisingSource.model_validate(media.model_dump() | {"raises": name})
+    worker.close()
+    worker._reading.sources = whole | {media.name: raising}
+    unit = next(unit for unit in units(worker) if unit.source == media.name)
+    with pytest.raises(Exception, match="the corpus says so") as error:
+        list(worker.rows(unit))
+    assert error.typename == name
+    assert "in read\n" in "".join(error.value.__notes__)
+    worker._reading.sources = whole
+    assert list(results(worker)) == expected
+
+
+def test_a_reader_that_cannot_begin_says_why(worker: UnitWorker) -> None:
     worker.decoders = 1
-    assert [item.reason for item in worker.rows(unit) if isinstance(item, Reject)] == expected
+    worker._reading.preparation = Unreadable()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="not to be read"):
+        list(results(worker))
+
+
+class Unreadable:
+    """Cannot be unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("not to be read",)
 
 
 def test_processes_end_with_their_worker(worker: UnitWorker) -> None:
@@ -325,7 +356,7 @@ def test_processes_end_with_a_worker_that_is_killed_in_the_middle_of_a_unit(tmp_
         time.sleep(0.05)
 
 
-def test_units_that_two_threads_give_are_done_one_behind_the_other(worker: UnitWorker) -> None:
+def test_units_that_several_threads_give_are_done_one_behind_the_other(worker: UnitWorker) -> None:
     def written(unit: WorkUnit) -> tuple[int, int, dict[str, Any], pa.Table]:
         shard = worker.run(unit)
         table = pq.read_table(Path(worker.recipe.dataset) / "shards" / shard.name)
@@ -333,25 +364,44 @@ def test_units_that_two_threads_give_are_done_one_behind_the_other(worker: UnitW
 
     settings = worker.recipe.units.model_copy(update={"inputs": 2})
     small = [unit for source in worker.recipe.sources for unit in grouped(source.name, source.inputs(), settings)]
-    expected = list(map(written, small))
     assert len(small) > 8
-    worker.decoders, worker.window = 2, WindowSize(documents=2, size=2**20)
-    with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(written, small)) == expected
-        # One that fails does not hold up the other, nor those behind it.
-        with pytest.MonkeyPatch.context() as patch:
-            stage, count = worker._stage, itertools.count()
-
-            def failing(window: list[Chunk]) -> Start:
-                if next(count) % 5 == 4:
-                    raise TransientError("the GPU fell off")
-                return stage(window)
-
-            patch.setattr(worker, "_stage", failing)
-            ends = [future.exception() for future in [threads.submit(written, unit) for unit in small]]
-        assert {type(end) for end in ends} == {TransientError, type(None)}
-        assert list(threads.map(written, small)) == expected
+    # Some have one window and some have many.
+    all_units = small + units(worker)
+    expected = list(map(written, all_units))
+    worker.decoders, worker.window = 2, WindowSize(documents=1, size=2**20)
+    with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+        assert list(threads.map(written, all_units)) == expected
     assert own_threads() == []
+
+
+@pytest.mark.parametrize("stage", ["_stage", "start"])
+@pytest.mark.parametrize("window", [0, 2])
+def test_a_unit_that_fails_in_any_stage_holds_up_no_other_one(worker: UnitWorker, stage: str, window: int) -> None:
+    whole = worker.recipe.units.model_copy(update={"inputs": 1000, "bytes": 2**30})
+    source = max(worker.recipe.sources, key=lambda source: len(list(source.inputs())))
+    (unit,) = grouped(source.name, source.inputs(), whole)
+    expected = worker.run(unit).rows
+    assert expected >= 8
+    worker.decoders, worker.window = 2, WindowSize(documents=1, size=2**20)
+    worker.run(unit)
+    stages, count = worker._stage, itertools.count()
+
+    def failing(chunks: list[Chunk]) -> Start:
+        def start() -> Any:
+            raise TransientError("the GPU fell off")
+
+        if next(count) != window:
+            return stages(chunks)
+        return start() if stage == "_stage" else start  # type: ignore[no-any-return]
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+        patch.setattr(worker, "_stage", failing)
+        futures = [threads.submit(worker.run, unit) for _ in range(4)]
+        # The errors are kept, and with them the frames that they came through.
+        ends = [future.exception(timeout=60) for future in futures]
+        assert sorted(type(end).__name__ for end in ends) == ["NoneType"] * 3 + ["TransientError"]
+        assert own_threads() == []
+    assert worker.run(unit).rows == expected
 
 
 def test_a_caller_that_stops_leaves_no_thread(worker: UnitWorker) -> None:

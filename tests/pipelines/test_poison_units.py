@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,37 @@ def test_a_unit_that_kills_its_workers_is_named_when_all_others_are_done(
     (tmp_path / "texts" / "new.txt").write_text("the dog")
     assert tokenize(recipe, request=without).documents == 1
     assert Ledger(dataset.storage).units([unit])[0].id == unit
+
+
+class PoisonedOnGPU(Poisoned):
+    """Beside a GPU, were there one, with units from several threads."""
+
+    def run(self, unit: WorkUnit) -> WrittenShard:
+        self.decoders = 1
+        # So that others are being done when it dies.
+        time.sleep(0.2)
+        return super().run(unit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tries", [1, 2])
+def test_of_units_that_a_worker_does_at_once_the_one_that_kills_it_is_to_blame(
+    tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init = ray.init
+    monkeypatch.setattr(pool.ray, "init", lambda **options: init(**options, num_gpus=1))
+    monkeypatch.setattr(pool, "GPU", "cpu")
+    monkeypatch.setattr(pool, "UnitWorker", PoisonedOnGPU)
+    texts = {f"t{n}": f"the quick fox {n}" for n in range(9)} | {"t4poison": "long", "t7poison": "long"}
+    overrides = "units.inputs=1", f"units.tries={tries}", "cluster.gpus_per_worker=1", "cluster.cpu_workers=0"
+    recipe = text_recipe(tmp_path, *overrides, **texts)
+    with pytest.raises(pool.UnitsFailedError) as error:
+        tokenize(recipe)
+    assert str(error.value).count(f"failed {tries} times, last because its worker died") == 2
+    assert len(error.value.units) == 2
+    assert "t4poison" in str(error.value)
+    assert "t7poison" in str(error.value)
+    assert stored(Dataset.open(recipe.dataset)) == {f"t{n}" for n in range(9)}
 
 
 @pytest.mark.slow

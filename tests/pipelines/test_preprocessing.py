@@ -18,6 +18,7 @@ from pipelines.tokenize import worker as working
 from pipelines.tokenize.prepare import prepare
 from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.tokenizers import Tokenizers
+from pipelines.tokenize.windows import WindowSize
 from pipelines.tokenize.worker import UnitWorker
 from tests.pipelines.test_tokenize import run_units
 from tests.pipelines.tiny import tiny_recipe, write_recipe
@@ -105,7 +106,7 @@ def test_windows_do_not_show(folder: Path, tmp_path: Path, monkeypatch: pytest.M
     recipe = _recipe(folder, "tokenizers.image.fit=buckets")
     rows = []
     for number, documents, size in ((0, 64, 2**26), (1, 1, 2**26), (2, 64, 3000)):
-        monkeypatch.setattr(working, "ON_CPU", working.Window(documents=documents, size=size))
+        monkeypatch.setattr(working, "ON_CPU", WindowSize(documents=documents, size=size))
         dataset = run_units(recipe.model_copy(update={"dataset": str(tmp_path / str(number))}))
         rows.append(sorted((row["row_id"], row["token_ids"]) for batch in dataset.read() for row in batch.to_pylist()))
     assert rows[0] == rows[1] == rows[2]
