@@ -1,4 +1,4 @@
-"""What tests share: disks, and a dataset and a run on it that are made once."""
+"""What tests share: disks, a worker, and a dataset and a run on it that are made once."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 
 from pipelines.pretrain.run import RunResult
 from pipelines.shards.dataset import Dataset
+from pipelines.tokenize.worker import UnitWorker
 from tests.pipelines.corpora import make_dataset
 from tests.pipelines.disks import small_disk
+from tests.pipelines.tiny import tiny_recipe
 from tests.pipelines.training import run_recipe, trained
 
 
@@ -32,6 +34,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.pipelines.pages import write_pages
 
     return write_pages(tmp_path_factory.mktemp("pages"))
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Iterator[UnitWorker]:
+    """Of the tiny recipe."""
+    worker = UnitWorker(tiny_recipe(tmp_path))
+    yield worker
+    worker.close()
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import threading
 import time
 import weakref
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,7 @@ from pipelines.tokenize.layout import Encoded
 from pipelines.tokenize.prepare import Part, Prepared
 from pipelines.tokenize.units import WorkUnit, grouped
 from pipelines.tokenize.windows import Chunk, WindowSize, windows_of
-from pipelines.tokenize.worker import UNITS_AT_ONCE, Start, UnitWorker
-from tests.pipelines.tiny import tiny_recipe
-
-
-@pytest.fixture
-def worker(tmp_path: Path) -> Iterator[UnitWorker]:
-    worker = UnitWorker(tiny_recipe(tmp_path))
-    yield worker
-    worker.close()
+from pipelines.tokenize.worker import UnitWorker
 
 
 def units(worker: UnitWorker) -> list[WorkUnit]:
@@ -354,54 +345,6 @@ def test_processes_end_with_a_worker_that_is_killed_in_the_middle_of_a_unit(tmp_
     while not all(map(ended, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def test_units_that_several_threads_give_are_done_one_behind_the_other(worker: UnitWorker) -> None:
-    def written(unit: WorkUnit) -> tuple[int, int, dict[str, Any], pa.Table]:
-        shard = worker.run(unit)
-        table = pq.read_table(Path(worker.recipe.dataset) / "shards" / shard.name)
-        return shard.rows, shard.rejects, shard.statistics, table
-
-    settings = worker.recipe.units.model_copy(update={"inputs": 2})
-    small = [unit for source in worker.recipe.sources for unit in grouped(source.name, source.inputs(), settings)]
-    assert len(small) > 8
-    # Some have one window and some have many.
-    all_units = small + units(worker)
-    expected = list(map(written, all_units))
-    worker.decoders, worker.window = 2, WindowSize(documents=1, size=2**20)
-    with ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
-        assert list(threads.map(written, all_units)) == expected
-    assert own_threads() == []
-
-
-@pytest.mark.parametrize("stage", ["_stage", "start"])
-@pytest.mark.parametrize("window", [0, 2])
-def test_a_unit_that_fails_in_any_stage_holds_up_no_other_one(worker: UnitWorker, stage: str, window: int) -> None:
-    whole = worker.recipe.units.model_copy(update={"inputs": 1000, "bytes": 2**30})
-    source = max(worker.recipe.sources, key=lambda source: len(list(source.inputs())))
-    (unit,) = grouped(source.name, source.inputs(), whole)
-    expected = worker.run(unit).rows
-    assert expected >= 8
-    worker.decoders, worker.window = 2, WindowSize(documents=1, size=2**20)
-    worker.run(unit)
-    stages, count = worker._stage, itertools.count()
-
-    def failing(chunks: list[Chunk]) -> Start:
-        def start() -> Any:
-            raise TransientError("the GPU fell off")
-
-        if next(count) != window:
-            return stages(chunks)
-        return start() if stage == "_stage" else start  # type: ignore[no-any-return]
-
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
-        patch.setattr(worker, "_stage", failing)
-        futures = [threads.submit(worker.run, unit) for _ in range(4)]
-        # The errors are kept, and with them the frames that they came through.
-        ends = [future.exception(timeout=60) for future in futures]
-        assert sorted(type(end).__name__ for end in ends) == ["NoneType"] * 3 + ["TransientError"]
-        assert own_threads() == []
-    assert worker.run(unit).rows == expected
 
 
 def test_a_caller_that_stops_leaves_no_thread(worker: UnitWorker) -> None:
