@@ -66,12 +66,12 @@ def trim(src: Path) -> None:
     switches = src / "static_switch.h"
     text = switches.read_text()
     text, halves = re.subn(r"if \(COND\) \{ +\\\n +using elem_type = cutlass::half_t;", _only_bfloat16, text)
-    sizes = re.compile(r"#define HEADDIM_SWITCH.*", re.DOTALL)
     cases = " else ".join(
         f"if (HEADDIM <= {size}) {{ constexpr static int kHeadDim = {size}; return __VA_ARGS__(); }}"
         for size in HEAD_SIZES
     )
-    text, switched = sizes.subn(f"#define HEADDIM_SWITCH(HEADDIM, ...) [&] {{ {cases} }}()\n", text)
+    ours = f"#define HEADDIM_SWITCH(HEADDIM, ...) [&] {{ {cases} }}()\n"
+    text, switched = re.subn(r"#define HEADDIM_SWITCH.*", ours, text, flags=re.DOTALL)
     if (halves, switched) != (1, 1):
         raise SystemExit(f"{switches}: not as {SOURCE} has it; adapt this script")
     switches.write_text(text)

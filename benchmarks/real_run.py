@@ -153,14 +153,13 @@ def across(size: str, folder: Path, arguments: argparse.Namespace) -> dict[str, 
     found = figures(run)
     if run.fault:
         return found
-    # It may have done more before it was stopped.
-    expected = {step: loss for step, loss in run.losses(after=every).items() if step <= steps}
+    expected = run.losses(after=every, until=steps)
     resumed = []
     ranks = arguments.ranks // 2
     while ranks:
         again = Watched(run.recipe, run.folder, ranks, run.rows)
         again.watch(steps=steps, saves=0, limit_s=arguments.limit, goes_on_from=every)
-        ours = {step: loss for step, loss in again.losses(after=every).items() if step <= steps}
+        ours = again.losses(after=every, until=steps)
         worst = max(abs(ours[step][m] - value) / value for step, loss in expected.items() for m, value in loss.items())
         resumed.append(
             {

@@ -127,9 +127,9 @@ class Watched:
                 self.whole_after_s[step] = now - self._seen["save", step]
                 self.bytes_of[step] = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
-    def losses(self, *, after: int) -> dict[int, dict[str, float]]:
-        """By step and modality."""
-        return {r["step"]: r["loss"] for r in self.steps if r["step"] > after}
+    def losses(self, *, after: int, until: int) -> dict[int, dict[str, float]]:
+        """By step and modality; it may have taken more steps before it was stopped."""
+        return {r["step"]: r["loss"] for r in self.steps if after < r["step"] <= until}
 
     def data_wait(self, after: int) -> float:
         """Share of the time of all steps together in which training waited for data."""

@@ -100,9 +100,10 @@ class WebDatasetSource(SampleReader):
         # The last slice also tells of what is wrong behind the last byte that was listed.
         stop = None if piece.stop == piece.input.size or not seekable else piece.stop
         tar_file = part, piece.input.etag
+        # One that cannot be divided has none.
         passed = self._passed.get(tar_file, {})
         before = max((place for place in passed if place <= piece.start), default=None)
-        begin, count = passed[before] if before is not None and seekable else (None, 0)
+        begin, count = passed[before] if before is not None else (None, 0)
         sample: _Sample | None = None
         try:
             tar = Tar(file, seekable=seekable, jump=_LOCAL_BUFFER if stored else _BUFFER, begin=begin)

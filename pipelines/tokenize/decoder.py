@@ -56,8 +56,7 @@ def answered(
 ) -> bytes:
     """A pickled `Answer`, or the error instead of it."""
     try:
-        made = [preparation.prepare(source, item) if isinstance(item, Document) else item for item in items]
-        chunk = Chunk.of(made).pickled()
+        chunk = Chunk.of([preparation.prepare(source, item) for item in items]).pickled()
     except TransientError as error:
         return pickle.dumps(error, 5)
     except Exception:

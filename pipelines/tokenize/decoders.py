@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pipelines.corpus.documents import Document, Dropped, Reject
 from pipelines.corpus.errors import TransientError
 from pipelines.tokenize.decoder import Place
-from pipelines.tokenize.pipes import send, started, taken
+from pipelines.tokenize.pipes import WorkerGoneError, answer_of, send, started
 from pipelines.tokenize.prepare import Preparation
 
 CHUNK_DOCUMENTS = 16
@@ -36,18 +36,13 @@ _UNDER_WAY = 3
 """Chunks for each decoder, those that wait for the worker included: a slow one holds the others up but little."""
 
 
-class WorkerGoneError(Exception):
-    """There is nobody to decode for."""
-
-
 @dataclass(slots=True)
 class _Asked:
     """A chunk that is with a decoder, or back."""
 
     process: subprocess.Popen[bytes]
-    documents: int
-    first: str
-    """Its first document's source."""
+    where: str
+    """Its documents, in words."""
     answer: bytes | None = None
 
 
@@ -103,7 +98,7 @@ class Decoders:
     def _ask(self, source: str, items: list[Document | Reject | Dropped]) -> _Asked:
         process = self._idle.pop()
         assert process.stdout
-        asked = _Asked(process, len(items), items[0].source)
+        asked = _Asked(process, f"one of the {len(items)} documents from {items[0].source} on")
         self._on_the_way += 1
         self._asked[process.stdout.fileno()] = asked
         self._poll.register(process.stdout, select.POLLIN)
@@ -122,11 +117,10 @@ class Decoders:
                 continue
             self._poll.unregister(descriptor)
             asked = self._asked.pop(descriptor)
-            assert asked.process.stdout
             try:
-                asked.answer = taken(asked.process.stdout)
-            except EOFError:
-                asked.answer = pickle.dumps(_ended(asked), 5)
+                asked.answer = answer_of(asked.process, "a decoder", asked.where)
+            except TransientError as error:
+                asked.answer = pickle.dumps(error, 5)
                 continue
             self._idle.append(asked.process)
 
@@ -146,13 +140,6 @@ def _ready(waiting: deque[_Asked]) -> Iterator[bytes]:
     while waiting and (answer := waiting[0].answer) is not None:
         waiting.popleft()
         yield answer
-
-
-def _ended(asked: _Asked) -> TransientError:
-    return TransientError(
-        f"a decoder ended with exit code {asked.process.wait()}, at one of the {asked.documents} documents from "
-        f"{asked.first} on; if it was for want of memory, lower cluster.cpus_per_worker"
-    )
 
 
 def _chunks(items: Iterable[Document | Reject | Dropped], most: int) -> Iterator[list[Document | Reject | Dropped]]:

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import traceback
 from contextlib import suppress
-from typing import IO, BinaryIO
+from typing import BinaryIO
+
+from pipelines.corpus.errors import TransientError
 
 PIPE_BYTES = 2**20
 """Of the pipes to and from a process, in place of 64 kB."""
@@ -18,6 +20,10 @@ PIPE_BYTES = 2**20
 _KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
 """For glibc: memory that a picture or sound leaves is for the next one. Given back, each of its pages would be cleared and
 mapped anew, which took as long as decoding."""
+
+
+class WorkerGoneError(Exception):
+    """In such a process: its worker has ended, or has given the unit up."""
 
 
 def started(module: str, *descriptors: int) -> subprocess.Popen[bytes]:
@@ -53,30 +59,39 @@ def channels() -> tuple[BinaryIO, BinaryIO]:
 
 
 def put(pipe: BinaryIO, data: bytes) -> None:
-    """Write bytes so that `taken` gives them whole, to be looked into or passed on."""
+    """Write bytes so that `answer_of` gives them whole, to be looked into or passed on."""
     pipe.write(len(data).to_bytes(8, "little"))
     pipe.write(data)
     pipe.flush()
 
 
-def taken(pipe: IO[bytes]) -> bytes:
-    """The bytes of one `put`.
+def answer_of(process: subprocess.Popen[bytes], what: str, where: str) -> bytes:
+    """The bytes that a process puts next.
+
+    Args:
+        what: the process, in words.
+        where: what it is about.
 
     Raises:
-        EOFError: the process on the other side has ended.
+        TransientError: it has ended, such as for want of memory.
     """
-    length = pipe.read(8)
-    data = pipe.read(int.from_bytes(length, "little"))
+    assert process.stdout
+    length = process.stdout.read(8)
+    data = process.stdout.read(int.from_bytes(length, "little"))
     if len(length) < 8 or len(data) < int.from_bytes(length, "little"):
-        raise EOFError
+        raise TransientError(
+            f"{what} ended with exit code {process.wait()}, at {where}; if it was for want of memory, lower "
+            "cluster.cpus_per_worker"
+        )
     return data
 
 
 def sendable(error: Exception) -> Exception | str:
     """The error, with a note of where it was raised, or its traceback alone where it does not survive the way."""
-    error.add_note("".join(traceback.format_exception(error)))
+    where = "".join(traceback.format_exception(error))
+    error.add_note(where)
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return "".join(traceback.format_exception(error))
+        return where
     return error

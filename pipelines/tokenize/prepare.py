@@ -99,8 +99,10 @@ class Preparation:
     choices: dict[str, Choice]
     """By source."""
 
-    def prepare(self, source: str, document: Document) -> Prepared | Reject | Dropped:
-        """Decode the media of a source's document, unless it is not wanted."""
+    def prepare(self, source: str, document: Document | Reject | Dropped) -> Item:
+        """Decode the media of a source's document, unless it is not wanted; what stands for one stays as it is."""
+        if not isinstance(document, Document):
+            return document
         choice = self.choices[source]
         if choice.weight < 1 and draw("weight", choice.seed, document.row_id) >= choice.weight:
             return Dropped(source=document.source, position=document.position, reason="weight")

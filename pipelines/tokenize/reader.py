@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 
 from pipelines.corpus.documents import Slice
 from pipelines.corpus.reader import Reader
-from pipelines.tokenize.decoders import Decoders, WorkerGoneError
-from pipelines.tokenize.pipes import channels, put, sendable
+from pipelines.tokenize.decoders import Decoders
+from pipelines.tokenize.pipes import WorkerGoneError, channels, put, sendable
 
 
 def main() -> None:

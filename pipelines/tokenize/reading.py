@@ -22,11 +22,10 @@ from contextlib import suppress
 
 import numpy as np
 
-from pipelines.corpus.errors import TransientError
 from pipelines.corpus.reader import Reader
 from pipelines.tokenize.decoder import Answer, Place, starts
 from pipelines.tokenize.decoders import TAKEN, TOLD
-from pipelines.tokenize.pipes import send, started, taken
+from pipelines.tokenize.pipes import answer_of, send, started
 from pipelines.tokenize.prepare import Preparation
 from pipelines.tokenize.units import WorkUnit
 from pipelines.tokenize.windows import Chunk
@@ -106,20 +105,9 @@ class _Beside:
         # What has ended it is seen when it is listened to.
         with suppress(BrokenPipeError):
             send(self.process, (unit.source, unit.slices, most))
-        while data := self._heard(unit):
+        while data := answer_of(self.process, "the process that reads", f"unit {unit.id}"):
             self._say(TAKEN)
             yield self._chunk(data)
-
-    def _heard(self, unit: WorkUnit) -> bytes:
-        # Nothing but the pipe is guarded: what reading raises comes through it, and may be an EOFError, too.
-        assert self.process.stdout
-        try:
-            return taken(self.process.stdout)
-        except EOFError as error:
-            raise TransientError(
-                f"the process that reads ended with exit code {self.process.wait()}, at unit {unit.id}; if it was for "
-                "want of memory, lower cluster.cpus_per_worker"
-            ) from error
 
     def close(self) -> None:
         """End it, and with it its decoders. It is waited for, unless a file that it waits for does not come."""

@@ -17,7 +17,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from pipelines.corpus.documents import Document
 from pipelines.corpus.errors import StoreError
 from pipelines.sequence import Modality, Vocabulary
 from pipelines.shards.storage import Storage
@@ -123,7 +122,7 @@ class UnitWorker:
             return
         prepare = self._reading.preparation.prepare
         for item in self._reading.sources[unit.source].read(unit.slices):
-            yield Chunk.of([prepare(unit.source, item) if isinstance(item, Document) else item])
+            yield Chunk.of([prepare(unit.source, item)])
 
     def _staged(self, windows: Generator[list[Chunk], None, None]) -> Generator[tuple[list[Items], Start], None, None]:
         """The items of each window, without its media, and what begins to encode them."""

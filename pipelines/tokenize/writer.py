@@ -14,11 +14,7 @@ from typing import BinaryIO
 from pipelines.shards.storage import Storage
 from pipelines.shards.writer import ShardWriter
 from pipelines.tokenize.layout import Encoded, rows_of
-from pipelines.tokenize.pipes import channels, sendable
-
-
-class _GoneError(Exception):
-    """The parent has given the unit up."""
+from pipelines.tokenize.pipes import WorkerGoneError, channels, put, sendable
 
 
 def main() -> None:
@@ -34,14 +30,12 @@ def main() -> None:
             with ShardWriter(storage, vocabulary, unit, record, beside=True) as writer:
                 writer.take(rows_of(_windows(given), vocabulary))
                 written = writer.finish()
-        except _GoneError:
+        except WorkerGoneError:
             return
         except Exception as error:
-            pickle.dump(sendable(error), answer, protocol=5)
-            answer.flush()
+            put(answer, pickle.dumps(sendable(error), 5))
             return
-        pickle.dump(written, answer, protocol=5)
-        answer.flush()
+        put(answer, pickle.dumps(written, 5))
 
 
 def _windows(given: BinaryIO) -> Iterator[Encoded]:
@@ -49,7 +43,7 @@ def _windows(given: BinaryIO) -> Iterator[Encoded]:
         try:
             window = pickle.load(given)
         except (EOFError, pickle.UnpicklingError) as error:
-            raise _GoneError from error
+            raise WorkerGoneError from error
         if window is None:
             return
         yield window

@@ -16,11 +16,10 @@ import threading
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 
-from pipelines.corpus.errors import TransientError
 from pipelines.sequence import Vocabulary
 from pipelines.shards.writer import WrittenShard
 from pipelines.tokenize.layout import Encoded
-from pipelines.tokenize.pipes import send, started
+from pipelines.tokenize.pipes import answer_of, send, started
 from pipelines.tokenize.units import WorkUnit
 
 
@@ -84,15 +83,9 @@ class WritingProcess:
                 break
         if listening:
             _heard(process, None)
-        assert process.stdout
-        try:
-            answer: WrittenShard | Exception | str = pickle.load(process.stdout)
-        except (EOFError, pickle.UnpicklingError) as error:
-            process.kill()
-            raise TransientError(
-                f"the process that writes ended with exit code {process.wait()}, at unit {unit.id}; if it was for want "
-                "of memory, lower cluster.cpus_per_worker"
-            ) from error
+        answer: WrittenShard | Exception | str = pickle.loads(
+            answer_of(process, "the process that writes", f"unit {unit.id}")
+        )
         return answer
 
 

@@ -192,8 +192,6 @@ class AudioTokenizer:
             return partial(self.start, waveforms)
         cut = self._segmented(waveforms)
         start, counts = self._fast.stage(list(chain.from_iterable(cut))), list(map(len, cut))
-        # What is returned needs no waveform, and must not hold one.
-        del cut
 
         @torch.inference_mode()
         def begin() -> Callable[[], list[np.ndarray]]:
