@@ -3,9 +3,9 @@
 The unit callable reads a tar in WebDataset's layout, decodes, tokenizes (the caption, too), interleaves and writes a shard,
 without Ray: the whole tar as one unit, and in units of 1 GiB and of 256 MiB (the default), of which it has several at a time,
 as in a job. The bare loop encodes the same pictures or clips, which lie decoded in memory, and does nothing else. All codes
-are compared. Pictures: JPEG of 256 x 256, VQGAN f16/16384 with random weights in float16. Sounds: WAV of 10 s at 24 kHz,
-EnCodec at 6 kbps with random weights in float16x2. Both as in `image_encode` and `audio_encode`. Without a GPU both networks
-are tiny, in float32.
+are compared. Pictures: JPEG of 256 x 256, VQGAN f16/16384 with random weights in float16. Sounds: WAV of 10 s (`--seconds`)
+at 24 kHz, EnCodec at 6 kbps with random weights in float16x2. Both as in `image_encode` and `audio_encode`. Without a GPU
+both networks are tiny, in float32.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from pipelines.tokenize.recipe import TokenizeRecipe
 from pipelines.tokenize.worker import UnitWorker
 
 RATE_HZ = 24_000
-SECONDS = 10
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 
@@ -49,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pictures", type=int, default=16_384)
     parser.add_argument("--clips", type=int, default=6_144)
+    parser.add_argument("--seconds", type=int, default=10, help="length of a clip")
     parser.add_argument("--decoders", type=int, nargs="*", default=[8, 14], help="processes that decode, one run each")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="an eighth of the files")
@@ -83,13 +83,14 @@ def pictures(folder: Path, count: int, arguments: argparse.Namespace) -> list[di
 
 def sounds(folder: Path, count: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
     rng = np.random.default_rng(0)
-    clips = [sound(rng) for _ in range(min(count, 128))]
+    clips = [sound(rng, arguments.seconds) for _ in range(min(count, 128))]
     files = encoded(clips, wav)
     heard = [load_sound(data, "x", RATE_HZ) for data in files]
     config = audio_encode.RELEASED if ON_GPU else audio_encode.TINY
     made = audio_encode.random_tokenizer(config, "linear", np.concatenate(heard[:64]), DEVICE)
     dtype = "float16x2" if ON_GPU else "float32"
-    settings = {"audio": {"checkpoint": str(made.save(folder / "audio")), "max_frames": 1000, "dtype": dtype}}
+    frames = 100 * arguments.seconds
+    settings = {"audio": {"checkpoint": str(made.save(folder / "audio")), "max_frames": frames, "dtype": dtype}}
     worker = unit_worker(folder, "sounds", files, count, "wav", settings)
     tokenizer = worker.tokenizers.audio
     assert tokenizer
@@ -99,7 +100,8 @@ def sounds(folder: Path, count: int, arguments: argparse.Namespace) -> list[dict
         offsets = np.arange(tokenizer.n_q, dtype=np.int32) * tokenizer.codebook_size
         return [codes + offsets for codes in tokenizer.encode(waveforms)]
 
-    return compare("sounds", worker, Modality.AUDIO, items, encode, SECONDS, "audio-seconds/s", arguments)
+    what = f"sounds of {arguments.seconds} s"
+    return compare(what, worker, Modality.AUDIO, items, encode, arguments.seconds, "audio-seconds/s", arguments)
 
 
 def compare(
@@ -201,11 +203,11 @@ def wav(waveform: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def sound(rng: np.random.Generator) -> np.ndarray:
+def sound(rng: np.random.Generator, seconds: int) -> np.ndarray:
     """Noise under a moving envelope, with a few tones: float32 [samples]."""
-    time_s = np.arange(SECONDS * RATE_HZ, dtype=np.float32) / RATE_HZ
+    time_s = np.arange(seconds * RATE_HZ, dtype=np.float32) / RATE_HZ
     tones = sum(np.sin(2 * np.pi * rng.uniform(80, 2000) * time_s + rng.uniform(0, 6)) for _ in range(3))
-    envelope = np.interp(time_s, np.linspace(0, SECONDS, 40), rng.uniform(0, 1, 40))
+    envelope = np.interp(time_s, np.linspace(0, seconds, 40), rng.uniform(0, 1, 40))
     return np.asarray(envelope * (0.05 * tones + 0.05 * rng.standard_normal(len(time_s))), np.float32)
 
 

@@ -46,6 +46,8 @@ from pipelines.tokenizers.vqgan import GPU_BATCH, VQGAN, ImageTokenizer, ImageTo
 
 SIDE, CODES = 256, 16
 """Of a picture in pixels, and in codes of 16 x 16 pixels."""
+SECONDS = 10
+"""Of a clip."""
 DISTINCT = 128
 """Files that repeat."""
 
@@ -148,7 +150,7 @@ def stages(worker: UnitWorker, count: int) -> dict[str, float]:
 
 def clips(folder: Path, count: int, item_ms: float) -> UnitWorker:
     rng = np.random.default_rng(0)
-    made = [gpu_unit.sound(rng) for _ in range(min(count, DISTINCT))]
+    made = [gpu_unit.sound(rng, SECONDS) for _ in range(min(count, DISTINCT))]
     config = replace(audio_encode.TINY, n_q=8, codebook_size=1024)
     random = audio_encode.random_tokenizer(config, "linear", np.concatenate(made), torch.device("cpu"))
     settings = {"audio": {"checkpoint": str(random.save(folder / "audio")), "max_frames": 1000}}
@@ -198,7 +200,7 @@ class StandInForClips:
 
     def __init__(self, tokenizer: AudioTokenizer, device: Device) -> None:
         self.hop, self.batch_size, self.device = tokenizer.hop, BATCH_SIZES["float16x2"], device
-        shape = self.batch_size, tokenizer.frames(gpu_unit.SECONDS * gpu_unit.RATE_HZ), tokenizer.n_q
+        shape = self.batch_size, tokenizer.frames(SECONDS * gpu_unit.RATE_HZ), tokenizer.n_q
         self.codes = np.random.default_rng(0).integers(0, tokenizer.codebook_size, shape, np.int32)
         self.staged = torch.zeros(self.batch_size, shape[1] * self.hop)
 

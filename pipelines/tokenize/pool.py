@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -114,12 +114,17 @@ class Pool:
         else:
             # More workers than cores is a wish to be granted. "local", because a Ray that crashed leaves an address behind
             # which the default would try to join.
-            cpus = max(os.cpu_count() or 1, math.ceil((self._recipe.workers or 1) * settings.cpus_per_worker))
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            all_cpus = max(
+                os.cpu_count() or 1, math.ceil((self._recipe.workers or 1) * (settings.cpus_per_worker or 1))
+            )
+            ray.init(address="local", num_cpus=all_cpus, include_dashboard=False, **quiet)
         try:
-            for on_gpu, count in self._counts().items():
-                cpus_each, gpus = settings.cpus_per_worker, settings.gpus_per_worker
-                options = {"num_cpus": cpus_each, "num_gpus": gpus} if on_gpu or not gpus else {"num_cpus": 1}
+            nodes, gpus = _nodes(), settings.gpus_per_worker
+            cpus = settings.cpus_of_workers(nodes)
+            cluster = settings.model_copy(update={"cpus_per_worker": cpus})
+            self._recipe = self._recipe.model_copy(update={"cluster": cluster})
+            for on_gpu, count in self._counts(*_places(nodes, cpus, gpus)).items():
+                options = {"num_cpus": cpus, "num_gpus": gpus} if on_gpu or not gpus else {"num_cpus": 1}
                 options |= {"max_concurrency": UNITS_AT_ONCE if on_gpu else 1}
                 worker = ray.remote(**options, max_restarts=-1, max_task_retries=0)(UnitWorker)
                 for _ in range(count):
@@ -171,10 +176,14 @@ class Pool:
         if self._failed:
             raise UnitsFailedError("\n".join(self._failed), self._to_blame)
 
-    def _counts(self) -> dict[bool, int]:
-        """How many workers to start, with a GPU and without; decides which sources are left to the latter."""
+    def _counts(self, with_gpu: int, left: int) -> dict[bool, int]:
+        """How many workers to start, with a GPU and without; decides which sources are left to the latter.
+
+        Args:
+            with_gpu: those that there are places for.
+            left: and without.
+        """
         settings, most = self._recipe.cluster, self._recipe.workers
-        with_gpu, left = self._places(settings.cpus_per_worker, settings.gpus_per_worker)
         if not settings.gpus_per_worker:
             self._without_gpu = {source.name for source in self._sources}
             return {False: most or left}
@@ -320,17 +329,21 @@ class Pool:
             for reference in done:
                 self._received(reference, {})
 
-    @staticmethod
-    def _places(cpus: float, gpus: float) -> tuple[int, int]:
-        """Workers that fit the nodes as they are now: with a GPU, at least one, and without, on the CPUs that are left."""
-        with_gpu = without = 0
-        for node in ray.nodes():
-            has = node["Resources"] if node["Alive"] else {}
-            free = has.get("CPU", 0.0)
-            if gpus:
-                fit = int(min(free // cpus, has.get("GPU", 0.0) // gpus))
-                with_gpu += fit
-                without += int(free - fit * cpus)
-            else:
-                without += int(free // cpus)
-        return max(with_gpu, 1), without if gpus else max(without, 1)
+
+def _nodes() -> list[tuple[float, float]]:
+    """CPUs and GPUs of each node, as they are now."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive]
+
+
+def _places(nodes: Sequence[tuple[float, float]], cpus: float, gpus: float) -> tuple[int, int]:
+    """Workers that fit the nodes: with a GPU, at least one, and without, on the CPUs that are left."""
+    with_gpu = without = 0
+    for has_cpus, has_gpus in nodes:
+        if gpus:
+            fit = int(min(has_cpus // cpus, has_gpus // gpus))
+            with_gpu += fit
+            without += int(has_cpus - fit * cpus)
+        else:
+            without += int(has_cpus // cpus)
+    return max(with_gpu, 1), without if gpus else max(without, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -87,8 +88,9 @@ class ClusterSettings(Settings):
     address: str | None = None
     """A running Ray cluster, such as `auto`. By default a job that was submitted to a cluster (`ray job submit`) uses
     that one, and any other starts a Ray of its own on this machine."""
-    cpus_per_worker: float = Field(1.0, gt=0)
-    """A worker with a GPU decodes in so many processes while it encodes; others decode and encode in turn."""
+    cpus_per_worker: float | None = Field(None, gt=0)
+    """A worker with a GPU decodes in so many processes while it encodes: by default three quarters of its share of its node's
+    CPUs, and at most 12; one, where no node has a GPU yet. Others decode and encode in turn, by default on one CPU."""
     gpus_per_worker: float = Field(0.0, ge=0)
     """Workers with a GPU, or a share of one, encode on it. Sources without media are then left to workers without, of one
     CPU each."""
@@ -96,6 +98,18 @@ class ClusterSettings(Settings):
     """So many of these; as many as the workers with a GPU leave CPUs for by default. Without any, those with a GPU do all."""
     start_timeout_s: float = Field(600.0, gt=0)
     """How long to wait for the first worker, such as for an autoscaler to bring a node."""
+
+    def cpus_of_workers(self, nodes: Iterable[tuple[float, float]]) -> float:
+        """What each worker takes, of those with a GPU where there are such.
+
+        Args:
+            nodes: CPUs and GPUs of each; the one with the fewest CPUs for a GPU decides.
+        """
+        if self.cpus_per_worker is not None:
+            return self.cpus_per_worker
+        gpu = self.gpus_per_worker
+        shares = [cpus / (gpus / gpu) for cpus, gpus in nodes if gpu and gpus >= gpu]
+        return float(min(max(int(0.75 * min(shares)), 1), 12)) if shares else 1.0
 
 
 class TokenizeRecipe(Settings):

@@ -60,7 +60,7 @@ class UnitWorker:
         bound = (source.bound(self.vocabulary, recipe.sequence_length) for source in recipe.sources)
         self._storage = Storage.of(recipe.dataset)
         self.window = ON_CPU if device == "cpu" else ON_GPU
-        self.decoders = 0 if device == "cpu" else max(1, int(recipe.cluster.cpus_per_worker))
+        self.decoders = 0 if device == "cpu" else max(1, int(recipe.cluster.cpus_per_worker or 1))
         """Processes that decode while the tokenizers encode; without any, all stages take turns."""
         self._writing = WritingProcess(recipe.dataset, self.vocabulary)
         self._staging, self._encoding = threading.Lock(), threading.Lock()
