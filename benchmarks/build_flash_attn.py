@@ -26,6 +26,7 @@ HEAD_SIZES = (64, 128)
 LEFT_OUT = ("DROPOUT", "ALIBI", "UNEVEN_K", "SOFTCAP", "LOCAL")
 ALLOWED = ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
 NAME = "flash_attn_2_cuda"
+LIBRARIES = ("c10", "c10_cuda", "torch_cpu", "torch_cuda", "torch_python")
 
 
 def main() -> None:
@@ -49,7 +50,9 @@ def main() -> None:
         objects = compiled(csrc, folder, arguments)
         arguments.out.mkdir(parents=True, exist_ok=True)
         library = arguments.out / f"{NAME}{arguments.suffix}"
-        subprocess.run(["nvcc", "-shared", "-o", library, *objects], check=True)
+        # Named, so that it finds them: Python loads torch's libraries without giving their symbols to others.
+        named = [f"-L{(arguments.torch or _installed_torch()) / 'lib'}", *(f"-l{name}" for name in LIBRARIES)]
+        subprocess.run(["nvcc", "-shared", "-o", library, *objects, *named], check=True)
         shutil.copytree(folder / SOURCE / "flash_attn", arguments.out / "flash_attn", dirs_exist_ok=True)
         print(f"{library}: {library.stat().st_size / 1e6:.0f} MB")
 

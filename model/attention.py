@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import cast
 
 import torch
@@ -30,6 +33,8 @@ from torch import Tensor
 from model.cache import KeyValueCache
 from model.config import UnifiedTransformerConfig
 from model.rope import rotation_of
+
+logger = logging.getLogger(__name__)
 
 
 class AttentionBackendError(RuntimeError):
@@ -248,15 +253,27 @@ def _no_flash_4_kernel(device: torch.device, dtype: torch.dtype, head_size: int)
 
 
 @lru_cache
-def _flash_attn_4_missing() -> str | None:
-    # Looking for `flash_attn.cute` imports `flash_attn`, so ask for that first.
-    if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
-        try:
-            from flash_attn.cute import flash_attn_varlen_func  # noqa: F401
-        except (ImportError, OSError) as error:
-            return f"the package flash-attn-4 cannot be imported ({error}); install it with its dependencies"
-        return None
-    return "the package flash-attn-4 is not installed (pip install --pre flash-attn-4)"
+def unusable(package: str, module: str, install: str) -> str | None:
+    """Why `flash_attn_varlen_func` of a package cannot be called, or None. Said in a warning if the package is installed.
+
+    Args:
+        module: that has it; two packages share the name `flash_attn`.
+        install: how to get the package.
+    """
+    try:
+        # Looking for a module imports those above it.
+        if not (importlib.util.find_spec("flash_attn") and importlib.util.find_spec(module)):
+            return f"the package {package} is not installed ({install})"
+        function = importlib.import_module(module).flash_attn_varlen_func
+    except (ImportError, OSError) as error:
+        reason = f"the package {package} cannot be imported ({error}); install it anew for torch {torch.__version__}"
+        with suppress(PackageNotFoundError):
+            version(package)
+            logger.warning("%s", reason)
+        return reason
+    if "max_seqlen_q" not in inspect.signature(function).parameters:
+        return f"{module} takes no max_seqlen_q, so it is not the package {package} as it is now ({install})"
+    return None
 
 
 def _no_flash_kernel(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
@@ -281,17 +298,14 @@ def _varlen_missing() -> str | None:
     return f"it needs torch 2.11 or later and this is {torch.__version__}"
 
 
-@lru_cache
-def _flash_attn_missing() -> str | None:
-    # flash-attn-4 alone also makes a package `flash_attn`, without this interface.
-    if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.flash_attn_interface"):
-        return None
-    return "the package flash-attn is not installed (pip install flash-attn)"
-
+_FLASH_ATTN = "flash-attn", "flash_attn.flash_attn_interface", "pip install flash-attn"
+_FLASH_ATTN_4 = "flash-attn-4", "flash_attn.cute", "pip install --pre flash-attn-4"
 
 BACKENDS: dict[str, Backend] = {
-    "flash_attn_4": Backend(lambda *at: _no_flash_4_kernel(*at) or _flash_attn_4_missing(), _flash_attn_4, packed=True),
-    "flash_attn": Backend(lambda *at: _flash_attn_missing() or _no_flash_kernel(*at), _flash_attn, packed=True),
+    "flash_attn_4": Backend(
+        lambda *at: _no_flash_4_kernel(*at) or unusable(*_FLASH_ATTN_4), _flash_attn_4, packed=True
+    ),
+    "flash_attn": Backend(lambda *at: _no_flash_kernel(*at) or unusable(*_FLASH_ATTN), _flash_attn, packed=True),
     "varlen": Backend(lambda *at: _varlen_missing() or _no_flash_kernel(*at), _varlen, packed=True),
     "sdpa": Backend(lambda *at: None, _sdpa, packed=False),
 }

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from model import AttentionBackendError, PackedBatch, UnifiedTransformer
-from model.attention import BACKENDS, AttentionPlan, Backend, attend, plan_attention, select_backend
+from model.attention import BACKENDS, AttentionPlan, Backend, attend, plan_attention, select_backend, unusable
 from tests.model.cases import random_rows, tiny_config
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -79,6 +83,63 @@ def test_packed_kernels_get_the_document_starts(monkeypatch: pytest.MonkeyPatch)
     plan = plan_attention(tiny_config(), x, cu_seqlens=starts, max_seqlen=6)
     assert plan.cu_seqlens is starts
     assert plan.positions.tolist() == [[0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+
+
+@pytest.fixture
+def path_of_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where packages named `flash_attn` are found; on a GPU that runs them."""
+
+    def forget() -> None:
+        unusable.cache_clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+            del sys.modules[name]
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    forget()
+    yield tmp_path
+    forget()
+
+
+def _reason(name: str) -> str | None:
+    return BACKENDS[name].unavailable(torch.device("cuda"), torch.bfloat16, 64)
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_package_that_was_built_for_another_torch_is_no_backend_and_is_told(
+    installed: bool, path_of_packages: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(path_of_packages / "flash_attn/__init__.py", "raise ImportError('undefined symbol: _ZTIN3c105ErrorE')")
+    if installed:
+        _write(path_of_packages / "flash_attn-2.8.3.dist-info/METADATA", "Name: flash-attn\nVersion: 2.8.3")
+    told = "the package flash-attn cannot be imported (undefined symbol: _ZTIN3c105ErrorE); install it anew for torch 2"
+    assert (_reason("flash_attn") or "").startswith(told)
+    assert "flash-attn-4 cannot be imported" in (_reason("flash_attn_4") or "")
+    assert [record.getMessage().startswith(told) for record in caplog.records] == [True] * installed
+    assert select_backend(tiny_config(), torch.device("cuda"), torch.bfloat16) in ("varlen", "sdpa")
+
+
+def test_the_early_module_that_flash_attn_brings_is_not_taken_for_flash_attn_4(path_of_packages: Path) -> None:
+    function = "def flash_attn_varlen_func(q, k, v, cu_seqlens_q, {}causal=False): ..."
+    _write(path_of_packages / "flash_attn/__init__.py", "")
+    _write(path_of_packages / "flash_attn/flash_attn_interface.py", function.format("max_seqlen_q, "))
+    _write(path_of_packages / "flash_attn/cute/__init__.py", function.format(""))
+    assert _reason("flash_attn") is None
+    assert (_reason("flash_attn_4") or "").startswith("flash_attn.cute takes no max_seqlen_q, so it is not the package")
+
+
+def test_flash_attn_4_alone_is_not_taken_for_flash_attn(path_of_packages: Path) -> None:
+    assert _reason("flash_attn_4") == "the package flash-attn-4 is not installed (pip install --pre flash-attn-4)"
+    unusable.cache_clear()
+    _write(path_of_packages / "flash_attn/cute/__init__.py", "def flash_attn_varlen_func(q, max_seqlen_q): ...")
+    assert _reason("flash_attn_4") is None
+    assert _reason("flash_attn") == "the package flash-attn is not installed (pip install flash-attn)"
 
 
 @needs_gpu
