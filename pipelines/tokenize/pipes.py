@@ -22,8 +22,16 @@ _KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_":
 mapped anew, which took as long as decoding."""
 
 
+GIVEN_UP = "given up"
+"""Said to a process that writes in place of a unit's end; its answer comes when nothing of the unit is left."""
+
+
+class GivenUpError(Exception):
+    """In such a process: its worker has given the unit up."""
+
+
 class WorkerGoneError(Exception):
-    """In such a process: its worker has ended, or has given the unit up."""
+    """In such a process: its worker has ended."""
 
 
 def started(module: str, *descriptors: int) -> subprocess.Popen[bytes]:

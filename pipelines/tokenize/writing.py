@@ -1,8 +1,9 @@
 """A process that lays out and writes beside a worker whose GPU encodes.
 
 Enters: a unit's windows of encoded documents. Leaves: its `WrittenShard`. Always holds: windows go through one pipe, so a
-writer that is slow holds the worker up; what is half-written goes when the unit fails, unless the process was killed (then
-`braid vacuum` finds it, as after a killed worker); and the process ends with its worker.
+writer that is slow holds the worker up; while a unit is compressed and published the next one is laid out; what is
+half-written goes when the unit fails, unless the process was killed (then `braid vacuum` finds it, as after a killed
+worker); and the process ends with its worker.
 
 Why a process: NumPy gives Python's lock away in each operation on more than 500 numbers, and beside the threads that read,
 stage and encode it takes long to come back.
@@ -14,17 +15,19 @@ import pickle
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import chain, islice
 
+from pipelines.corpus.errors import TransientError
 from pipelines.sequence import Vocabulary
 from pipelines.shards.writer import WrittenShard
 from pipelines.tokenize.layout import Encoded
-from pipelines.tokenize.pipes import answer_of, send, started
+from pipelines.tokenize.pipes import GIVEN_UP, answer_of, send, started
 from pipelines.tokenize.units import WorkUnit
 
 
 class WritingProcess:
-    """Writes units of one dataset, one after another, and is kept from unit to unit.
+    """Writes units of one dataset, and is kept from unit to unit.
 
     Args:
         dataset: folder or URI.
@@ -33,10 +36,11 @@ class WritingProcess:
     def __init__(self, dataset: str, vocabulary: Vocabulary) -> None:
         self._dataset, self._vocabulary = dataset, vocabulary
         self._process: subprocess.Popen[bytes] | None = None
-        self._turn = threading.Lock()
+        self._giving, self._answers = threading.Lock(), threading.Lock()
+        """Whose windows go to the process, and whose answer comes next."""
 
     def write(self, unit: WorkUnit, windows: Iterable[Encoded]) -> WrittenShard:
-        """Write a unit. Another thread may meanwhile give another one, whose turn comes then.
+        """Write a unit. Other threads may give others meanwhile: the next one is taken while this one is finished.
 
         Raises:
             TransientError: the process ended, such as for want of memory.
@@ -45,19 +49,24 @@ class WritingProcess:
         windows = iter(windows)
         # Whose first window is there has everything before it done, or in its hands: two units cannot wait for each other.
         first = list(islice(windows, 1))
-        with self._turn:
-            return self._written(unit, chain(first, windows))
-
-    def _written(self, unit: WorkUnit, windows: Iterator[Encoded]) -> WrittenShard:
-        process = self._process = self._process or self._started()
+        with self._giving:
+            process = self._running()
+            try:
+                self._give(process, unit, chain(first, windows))
+            except BaseException:
+                if _heard(process, GIVEN_UP):
+                    # Nothing of it is left when the error is told, unless the process has died.
+                    with suppress(TransientError), self._answers:
+                        _answer(process, unit)
+                raise
+            # Before another unit is given, for answers come in this order.
+            self._answers.acquire()
         try:
-            answer = self._asked(process, unit, windows)
-        except BaseException:
-            self.close()
-            raise
+            answer = _answer(process, unit)
+        finally:
+            self._answers.release()
         if isinstance(answer, WrittenShard):
             return answer
-        self.close()
         if isinstance(answer, str):
             raise RuntimeError(f"while unit {unit.id} was written:\n{answer}")
         raise answer
@@ -68,31 +77,32 @@ class WritingProcess:
             process, self._process = self._process, None
             process.communicate()
 
-    def _started(self) -> subprocess.Popen[bytes]:
-        process = started("pipelines.tokenize.writer")
-        send(process, (self._dataset, self._vocabulary))
-        return process
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = started("pipelines.tokenize.writer")
+            send(self._process, (self._dataset, self._vocabulary))
+        return self._process
 
-    def _asked(
-        self, process: subprocess.Popen[bytes], unit: WorkUnit, windows: Iterator[Encoded]
-    ) -> WrittenShard | Exception | str:
-        # Nothing but the pipes is guarded: what making the windows raises is no fault of the process.
+    def _give(self, process: subprocess.Popen[bytes], unit: WorkUnit, windows: Iterator[Encoded]) -> None:
+        # Nothing but the pipe is guarded: what making the windows raises is no fault of the process.
         listening = _heard(process, (unit.id, unit.record()))
         for window in windows:
             if not (listening := listening and _heard(process, window)):
-                break
-        if listening:
-            _heard(process, None)
-        answer: WrittenShard | Exception | str = pickle.loads(
-            answer_of(process, "the process that writes", f"unit {unit.id}")
-        )
-        return answer
+                return
+        _heard(process, None)
 
 
 def _heard(process: subprocess.Popen[bytes], message: object) -> bool:
-    """Whether the process took a message; if not it has ended, and has perhaps said why."""
+    """Whether the process took a message; if not it has ended."""
     try:
         send(process, message)
     except BrokenPipeError:
         return False
     return True
+
+
+def _answer(process: subprocess.Popen[bytes], unit: WorkUnit) -> WrittenShard | Exception | str:
+    answer: WrittenShard | Exception | str = pickle.loads(
+        answer_of(process, "the process that writes", f"unit {unit.id}")
+    )
+    return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.corpus.errors import TransientError
+from pipelines.tokenize.layout import Encoded
 from pipelines.tokenize.units import WorkUnit, grouped
 from pipelines.tokenize.windows import Chunk, WindowSize
 from pipelines.tokenize.worker import UNITS_AT_ONCE, Start, UnitWorker
-from tests.pipelines.test_decoders import own_threads, units
+from tests.pipelines.test_decoders import leftovers, own_threads, units
 
 
 def test_units_that_several_threads_give_are_done_one_behind_the_other(worker: UnitWorker) -> None:
@@ -36,12 +38,18 @@ def test_units_that_several_threads_give_are_done_one_behind_the_other(worker: U
     assert own_threads() == []
 
 
-@pytest.mark.parametrize("stage", ["_stage", "start"])
-@pytest.mark.parametrize("window", [0, 2])
-def test_a_unit_that_fails_in_any_stage_holds_up_no_other_one(worker: UnitWorker, stage: str, window: int) -> None:
+def largest(worker: UnitWorker) -> WorkUnit:
+    """All of the source with the most inputs."""
     whole = worker.recipe.units.model_copy(update={"inputs": 1000, "bytes": 2**30})
     source = max(worker.recipe.sources, key=lambda source: len(list(source.inputs())))
     (unit,) = grouped(source.name, source.inputs(), whole)
+    return unit
+
+
+@pytest.mark.parametrize("stage", ["_stage", "start"])
+@pytest.mark.parametrize("window", [0, 2])
+def test_a_unit_that_fails_in_any_stage_holds_up_no_other_one(worker: UnitWorker, stage: str, window: int) -> None:
+    unit = largest(worker)
     expected = worker.run(unit).rows
     assert expected >= 8
     worker.decoders, worker.window = 2, WindowSize(documents=1, size=2**20)
@@ -64,3 +72,31 @@ def test_a_unit_that_fails_in_any_stage_holds_up_no_other_one(worker: UnitWorker
         assert sorted(type(end).__name__ for end in ends) == ["NoneType"] * 3 + ["TransientError"]
         assert own_threads() == []
     assert worker.run(unit).rows == expected
+
+
+@pytest.mark.parametrize("then", ["goes on", "is given up"])
+def test_what_the_writer_cannot_take_of_a_unit_holds_up_no_other_one(worker: UnitWorker, then: str) -> None:
+    worker.decoders, worker.window = 1, WindowSize(documents=1, size=2**20)
+    unit = largest(worker)
+    expected = worker.run(unit).rows
+    process = worker._writing._process
+    assert process
+    count = itertools.count()
+
+    def spoilt(unit: WorkUnit) -> Generator[Encoded, None, None]:
+        spoil = next(count) == 1
+        for number, window in enumerate(UnitWorker._windows(worker, unit)):
+            yield ([b"no pickle"], {}) if spoil and number == 2 else window
+            if spoil and number == 3 and then == "is given up":
+                raise TransientError("the GPU fell off")
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+        patch.setattr(worker, "_windows", spoilt)
+        futures = [threads.submit(worker.run, unit) for _ in range(5)]
+        ends = [future.exception(timeout=60) for future in futures]
+    told = "UnpicklingError" if then == "goes on" else "TransientError"
+    assert sorted(type(end).__name__ for end in ends) == ["NoneType"] * 4 + [told]
+    assert [future.result().rows for future, end in zip(futures, ends, strict=True) if not end] == [expected] * 4
+    assert worker._writing._process is process
+    assert leftovers(worker) == []
+    assert own_threads() == []
