@@ -178,7 +178,7 @@ def unit_worker(
             "dataset": str(folder / f"{name}_tokens"),
             "sources": [{"name": name, "reader": "webdataset", "path": str(path)}],
             "tokenizers": tokenizers,
-            "sequence_length": 16384,
+            "sequence_length": 65536,
             "units": {"bytes": 2**40, "inputs": 2**30},
             "cluster": {"gpus_per_worker": 1},
         }

@@ -21,6 +21,9 @@ _KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_":
 """For glibc: memory that a picture or sound leaves is for the next one. Given back, each of its pages would be cleared and
 mapped anew, which took as long as decoding."""
 
+_ONE_CPU = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""Each process is one of the CPUs that the worker has; to Ray that variable says how many these are."""
+
 
 GIVEN_UP = "given up"
 """Said to a process that writes in place of a unit's end; its answer comes when nothing of the unit is left."""
@@ -41,7 +44,7 @@ def started(module: str, *descriptors: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         pass_fds=descriptors,
-        env=_KEEPING | os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=_KEEPING | os.environ | _ONE_CPU | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     assert process.stdin
     assert process.stdout
