@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--arch", default="90", help="compute capability")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time; each takes some 4 GB")
     arguments = parser.parse_args()
+    arguments.torch = arguments.torch or _installed_torch()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         with tarfile.open(arguments.sdist or fetched(folder)) as archive:
@@ -51,9 +52,14 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         library = arguments.out / f"{NAME}{arguments.suffix}"
         # Named, so that it finds them: Python loads torch's libraries without giving their symbols to others.
-        named = [f"-L{(arguments.torch or _installed_torch()) / 'lib'}", *(f"-l{name}" for name in LIBRARIES)]
+        named = [f"-L{arguments.torch / 'lib'}", *(f"-l{name}" for name in LIBRARIES)]
         subprocess.run(["nvcc", "-shared", "-o", library, *objects, *named], check=True)
         shutil.copytree(folder / SOURCE / "flash_attn", arguments.out / "flash_attn", dirs_exist_ok=True)
+        # So that it counts as installed.
+        named = arguments.out / f"{SOURCE}.dist-info"
+        named.mkdir(exist_ok=True)
+        name, _, version = SOURCE.partition("-")
+        (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         print(f"{library}: {library.stat().st_size / 1e6:.0f} MB")
 
 
@@ -87,9 +93,8 @@ def _only_bfloat16(match: re.Match[str]) -> str:
 def compiled(csrc: Path, folder: Path, arguments: argparse.Namespace) -> list[Path]:
     """Object files of the interface and of each kernel that is left."""
     source = csrc / "flash_attn"
-    torch = arguments.torch or _installed_torch()
-    include = [source, source / "src", csrc / "cutlass" / "include", torch / "include"]
-    include += [torch / "include" / "torch" / "csrc" / "api" / "include"]
+    include = [source, source / "src", csrc / "cutlass" / "include", arguments.torch / "include"]
+    include += [arguments.torch / "include" / "torch" / "csrc" / "api" / "include"]
     include += [arguments.python or Path(sysconfig.get_paths()["include"])]
     options = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC"]
     options += [f"-DTORCH_EXTENSION_NAME={NAME}", "-DTORCH_API_INCLUDE_EXTENSION_H"]

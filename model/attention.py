@@ -252,7 +252,9 @@ def _no_flash_4_kernel(device: torch.device, dtype: torch.dtype, head_size: int)
     return None
 
 
+# Constant to torch.compile, which would go into it, and cannot import.
 @lru_cache
+@torch.compiler.assume_constant_result
 def unusable(package: str, module: str, install: str) -> str | None:
     """Why `flash_attn_varlen_func` of a package cannot be called, or None. Said in a warning if the package is installed.
 
@@ -265,13 +267,16 @@ def unusable(package: str, module: str, install: str) -> str | None:
         if not (importlib.util.find_spec("flash_attn") and importlib.util.find_spec(module)):
             return f"the package {package} is not installed ({install})"
         function = importlib.import_module(module).flash_attn_varlen_func
-    except (ImportError, OSError) as error:
-        reason = f"the package {package} cannot be imported ({error}); install it anew for torch {torch.__version__}"
+        takes = inspect.signature(function).parameters
+    # Whatever a package runs into that does not fit the torch, or the packages, that are here.
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        reason = f"the package {package} cannot be imported ({problem}); install it for torch {torch.__version__} ({install})"
         with suppress(PackageNotFoundError):
             version(package)
             logger.warning("%s", reason)
         return reason
-    if "max_seqlen_q" not in inspect.signature(function).parameters:
+    if "max_seqlen_q" not in takes:
         return f"{module} takes no max_seqlen_q, so it is not the package {package} as it is now ({install})"
     return None
 

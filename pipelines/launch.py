@@ -136,11 +136,7 @@ def pretrain_cost(recipes: Sequence[PretrainRecipe], cluster: ClusterRecipe) -> 
 
 def tokenize_workers(recipe: TokenizeRecipe, cluster: ClusterRecipe) -> int:
     """Workers that fit the nodes; of those beside GPUs for sources without media there may be more."""
-    settings, total = recipe.cluster, 0
-    cpus = settings.cpus_of_workers((group.cpus, group.gpus_per_node) for group in cluster.all_groups)
-    for group in cluster.all_groups:
-        fit = int(group.cpus / cpus)
-        if settings.gpus_per_worker:
-            fit = min(fit, int(group.gpus_per_node / settings.gpus_per_worker))
-        total += group.nodes * fit
-    return max(1, total)
+    nodes = [(group.cpus, group.gpus_per_node) for group in cluster.all_groups]
+    cpus = recipe.cluster.cpus_of_workers(nodes)
+    places = (recipe.cluster.places(*node, cpus) for node in nodes)
+    return max(1, sum(group.nodes * fit for group, fit in zip(cluster.all_groups, places, strict=True)))

@@ -29,12 +29,12 @@ from benchmarks.training.trainer import fastest_attention, largest_micro_batch, 
 
 
 def time_steps(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
-    """Whole optimizer steps of the goal's workload, then a profile of one micro-batch."""
+    """Whole optimizer steps of the goal's workload, then a profile of some micro-batches."""
     backend = fastest_attention(arguments)
     config = config_of(arguments, attention_backend=backend, block_backend="fused", loss_chunk_tokens=4096)
     say = lambda what, **values: record(arguments.out, "step", what, **values)  # noqa: E731
     with trainer(config, keep=arguments.keep, precision=arguments.precision, tune=arguments.tune) as run:
-        micro, warm = largest_micro_batch(arguments, config, run, say)
+        micro, _ = largest_micro_batch(arguments, config, run, say)
         if not micro:
             return
         steps = make_steps(
@@ -55,7 +55,7 @@ def time_steps(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
         executed = statistics.median(executed_flops(config, s) / t for s, t in zip(steps, seconds, strict=True))
         say(
             "tokens/s", tokens_per_s=round(speed), micro_batch=micro, keep=arguments.keep, precision=arguments.precision,
-            tune=arguments.tune, attention=run.model.attention_backend,
+            tune=arguments.tune, masters=run.masters, moments=run.moments, attention=run.model.attention_backend,
             blocks=run.model.block_backend, seconds_a_step=[round(s, 3) for s in seconds], wall_s=round(wall, 2),
             padding_share=round(1 - sum(tokens) / (len(steps) * rows_of(arguments) * arguments.length), 4),
             mfu_full=round(speed * config.flops_per_token(arguments.length) / PEAK, 4),
@@ -66,7 +66,7 @@ def time_steps(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
             gradient_norm=[round(float(r["norm"]), 3) for _, r in results], gpu=sampled,
         )  # fmt: skip
         with guarded(say, "breakdown"):
-            profile(run, warm, say)
+            profile(run, config, steps[-1], say)
 
 
 def phases_of(parts: list[list[float]]) -> dict[str, float]:

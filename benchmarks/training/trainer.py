@@ -34,7 +34,9 @@ def trainer(
             config, ranks, seed=0, precision=precision, masters=masters, recompute_every=recompute_every,
             recompute=recompute, keep=keep, tune=tune, compile_blocks=compile_blocks,
         )  # fmt: skip
-        yield SimpleNamespace(model=model, ranks=ranks, optimizer=make_optimizer(model, settings))
+        yield SimpleNamespace(
+            model=model, ranks=ranks, optimizer=make_optimizer(model, settings), masters=masters, moments=moments
+        )
 
 
 def train_step(run: SimpleNamespace, step: Step) -> tuple[Any, dict[str, Any]]:

@@ -63,6 +63,7 @@ def time_variant(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
         say(
             option["name"], tokens_per_s=round(speed), micro_batch=micro, attention=run.model.attention_backend,
             mfu_full=round(speed * config.flops_per_token(arguments.length) / PEAK, 4),
+            mfu_causal=round(speed * config.flops_per_token(arguments.length, "causal") / PEAK, 4),
             executed_tflops=round(executed_flops(config, step) / a_step[0] / 1e9, 1),
             # What longer documents cost more: tokens/s x GFLOP a token stays the same if nothing else is slower.
             executed_gflop_a_token=round(executed_flops(config, step) / step.tokens / 1e9, 3),

@@ -16,7 +16,6 @@ from pipelines.corpus.errors import TransientError
 PIPE_BYTES = 2**20
 """Of the pipes to and from a process, in place of 64 kB."""
 
-
 _KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
 """For glibc: memory that a picture or sound leaves is for the next one. Given back, each of its pages would be cleared and
 mapped anew, which took as long as decoding."""
@@ -26,7 +25,7 @@ _ONE_CPU = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 GIVEN_UP = "given up"
-"""Said to a process that writes in place of a unit's end; its answer comes when nothing of the unit is left."""
+"""Said to the process that writes in place of a unit's end; its answer comes when nothing of the unit is left."""
 
 
 class GivenUpError(Exception):

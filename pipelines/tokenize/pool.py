@@ -114,16 +114,14 @@ class Pool:
         else:
             # More workers than cores is a wish to be granted. "local", because a Ray that crashed leaves an address behind
             # which the default would try to join.
-            all_cpus = max(
-                os.cpu_count() or 1, math.ceil((self._recipe.workers or 1) * (settings.cpus_per_worker or 1))
-            )
-            ray.init(address="local", num_cpus=all_cpus, include_dashboard=False, **quiet)
+            wished = math.ceil((self._recipe.workers or 1) * (settings.cpus_per_worker or 1))
+            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, wished), include_dashboard=False, **quiet)
         try:
             nodes, gpus = _nodes(), settings.gpus_per_worker
             cpus = settings.cpus_of_workers(nodes)
             cluster = settings.model_copy(update={"cpus_per_worker": cpus})
             self._recipe = self._recipe.model_copy(update={"cluster": cluster})
-            for on_gpu, count in self._counts(*_places(nodes, cpus, gpus)).items():
+            for on_gpu, count in self._counts(nodes, cpus).items():
                 options = {"num_cpus": cpus, "num_gpus": gpus} if on_gpu or not gpus else {"num_cpus": 1}
                 options |= {"max_concurrency": UNITS_AT_ONCE if on_gpu else 1}
                 worker = ray.remote(**options, max_restarts=-1, max_task_retries=0)(UnitWorker)
@@ -176,24 +174,28 @@ class Pool:
         if self._failed:
             raise UnitsFailedError("\n".join(self._failed), self._to_blame)
 
-    def _counts(self, with_gpu: int, left: int) -> dict[bool, int]:
+    def _counts(self, nodes: Sequence[tuple[float, float]], cpus: float) -> dict[bool, int]:
         """How many workers to start, with a GPU and without; decides which sources are left to the latter.
 
         Args:
-            with_gpu: those that there are places for.
-            left: and without.
+            nodes: CPUs and GPUs of each.
+            cpus: what a worker takes, of those with a GPU where there are such.
         """
         settings, most = self._recipe.cluster, self._recipe.workers
+        fit = sum(settings.places(*node, cpus) for node in nodes)
         if not settings.gpus_per_worker:
             self._without_gpu = {source.name for source in self._sources}
-            return {False: most or left}
+            return {False: most or max(1, fit)}
         texts = {source.name for source in self._sources if not source.has_media}
         others = len(self._sources) > len(texts)
+        with_gpu = most or max(1, fit)
+        # CPUs are left over where fewer workers with a GPU are started than would fit, or none.
+        left = sum(int(has) for has, _ in nodes) - int((min(with_gpu, fit) if others else 0) * cpus)
         beside = left if settings.cpu_workers is None else settings.cpu_workers
         if not texts or (others and not beside):
-            return {True: most or with_gpu}
+            return {True: with_gpu}
         self._without_gpu = texts
-        return ({True: most or with_gpu} if others else {}) | {False: max(beside, 1)}
+        return ({True: with_gpu} if others else {}) | {False: max(beside, 1)}
 
     def _on_gpu(self, unit: WorkUnit) -> bool:
         return unit.source not in self._without_gpu
@@ -334,16 +336,3 @@ def _nodes() -> list[tuple[float, float]]:
     """CPUs and GPUs of each node, as they are now."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [(has.get("CPU", 0.0), has.get("GPU", 0.0)) for has in alive]
-
-
-def _places(nodes: Sequence[tuple[float, float]], cpus: float, gpus: float) -> tuple[int, int]:
-    """Workers that fit the nodes: with a GPU, at least one, and without, on the CPUs that are left."""
-    with_gpu = without = 0
-    for has_cpus, has_gpus in nodes:
-        if gpus:
-            fit = int(min(has_cpus // cpus, has_gpus // gpus))
-            with_gpu += fit
-            without += int(has_cpus - fit * cpus)
-        else:
-            without += int(has_cpus // cpus)
-    return max(with_gpu, 1), without if gpus else max(without, 1)

@@ -103,13 +103,20 @@ class ClusterSettings(Settings):
         """What each worker takes, of those with a GPU where there are such.
 
         Args:
-            nodes: CPUs and GPUs of each; the one with the fewest CPUs for a GPU decides.
+            nodes: CPUs and GPUs of each; the one with the fewest CPUs for a GPU decides, of those with at least one for it.
         """
         if self.cpus_per_worker is not None:
             return self.cpus_per_worker
         gpu = self.gpus_per_worker
         shares = [cpus / (gpus / gpu) for cpus, gpus in nodes if gpu and gpus >= gpu]
-        return float(min(max(int(0.75 * min(shares)), 1), 12)) if shares else 1.0
+        least = min((share for share in shares if share >= 1), default=1.0)
+        return float(min(max(int(0.75 * least), 1), 12))
+
+    def places(self, cpus: float, gpus: float, each: float) -> int:
+        """Workers that fit a node of so many CPUs and GPUs, if each takes `each` CPUs; with a GPU where these have one."""
+        # 1 / 0.1 is ten, and 1 // 0.1 nine.
+        by_cpus = int(cpus / each + 1e-9)
+        return min(by_cpus, int(gpus / self.gpus_per_worker + 1e-9)) if self.gpus_per_worker else by_cpus
 
 
 class TokenizeRecipe(Settings):

@@ -40,7 +40,7 @@ one being copied to where the GPU fetches it, one that waits before each of the 
 unit ends and the next one begins a few more."""
 
 _ENCODED = 8
-"""Windows of codes, which are small, that may wait while the last row group of a unit is written."""
+"""Windows of codes, which are small, that may wait until the unit before has been laid out."""
 
 UNITS_AT_ONCE = 3
 """Units that a worker with a GPU is to have: while one is written another one is encoded and the next one is read."""

@@ -3,13 +3,15 @@
 Enters, on standard input, as pickles of our own parent: dataset and vocabulary, then for each unit its id and record, its
 windows, and None, or that it is given up. Leaves, on standard output, in the same order: a `WrittenShard` for each, or the
 error that ended it. Always holds: while a unit is compressed and published the next one is laid out; the process ends when
-its input does, and takes what is half-written with it.
+its input does, and takes what has not been laid out to its end with it.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Any, BinaryIO
@@ -29,47 +31,41 @@ def main() -> None:
         while True:
             try:
                 unit, record = pickle.load(given)
-            except EOFError:
-                return
-            try:
-                finish = _laid_out(storage, vocabulary, unit, record, _Windows(given))
-            except WorkerGoneError:
+                finish = _laid_out(storage, vocabulary, unit, record, _windows(given))
+            except (EOFError, WorkerGoneError):
                 return
             # The next unit begins to be laid out; the one after it waits in the parent.
             beside.submit(_answer, answers, finish)
 
 
 def _answer(answers: BinaryIO, finish: Callable[[], WrittenShard | Exception | str]) -> None:
-    put(answers, pickle.dumps(finish(), 5))
+    try:
+        put(answers, pickle.dumps(finish(), 5))
+    except BaseException:
+        # The worker waits for an answer, or for the end of this process.
+        traceback.print_exc()
+        os._exit(1)
 
 
-class _Windows:
-    """Those of one unit, until its end."""
-
-    def __init__(self, given: BinaryIO) -> None:
-        self._given, self._ended = given, False
-
-    def __iter__(self) -> Iterator[Encoded]:
-        while not self._ended:
-            try:
-                window = pickle.load(self._given)
-            except (EOFError, pickle.UnpicklingError) as error:
-                raise WorkerGoneError from error
-            self._ended = window is None or window == GIVEN_UP
-            if window == GIVEN_UP:
-                raise GivenUpError
-            if not self._ended:
-                yield window
-
-    def skip(self) -> None:
-        """Those that have not been looked at."""
-        with suppress(GivenUpError):
-            for _ in self:
-                pass
+def _windows(given: BinaryIO) -> Generator[Encoded, None, None]:
+    while True:
+        try:
+            window = pickle.load(given)
+        except Exception as error:
+            raise WorkerGoneError from error
+        if window == GIVEN_UP:
+            raise GivenUpError
+        if window is None:
+            return
+        yield window
 
 
 def _laid_out(
-    storage: Storage, vocabulary: Vocabulary, unit: str, record: dict[str, Any], windows: _Windows
+    storage: Storage,
+    vocabulary: Vocabulary,
+    unit: str,
+    record: dict[str, Any],
+    windows: Generator[Encoded, None, None],
 ) -> Callable[[], WrittenShard | Exception | str]:
     """Take a unit's windows; what is returned does the rest, and gives the answer."""
     try:
@@ -81,7 +77,10 @@ def _laid_out(
         raise
     except Exception as error:
         failed = sendable(error)
-        windows.skip()
+        # What is left of the unit is read past.
+        with suppress(GivenUpError):
+            for _ in windows:
+                pass
         return lambda: failed
 
     def finish() -> WrittenShard | Exception | str:

@@ -51,14 +51,7 @@ class WritingProcess:
         first = list(islice(windows, 1))
         with self._giving:
             process = self._running()
-            try:
-                self._give(process, unit, chain(first, windows))
-            except BaseException:
-                if _heard(process, GIVEN_UP):
-                    # Nothing of it is left when the error is told, unless the process has died.
-                    with suppress(TransientError), self._answers:
-                        _answer(process, unit)
-                raise
+            self._give(process, unit, chain(first, windows))
             # Before another unit is given, for answers come in this order.
             self._answers.acquire()
         try:
@@ -72,24 +65,30 @@ class WritingProcess:
         raise answer
 
     def close(self) -> None:
-        """End the process, which takes away what it has half-written, and wait for it."""
+        """End the process, and wait for it. What it has not laid out to its end it takes away."""
         if self._process:
             process, self._process = self._process, None
             process.communicate()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
-            self._process = started("pipelines.tokenize.writer")
-            send(self._process, (self._dataset, self._vocabulary))
+            process = started("pipelines.tokenize.writer")
+            _heard(process, (self._dataset, self._vocabulary))
+            self._process = process
         return self._process
 
     def _give(self, process: subprocess.Popen[bytes], unit: WorkUnit, windows: Iterator[Encoded]) -> None:
-        # Nothing but the pipe is guarded: what making the windows raises is no fault of the process.
-        listening = _heard(process, (unit.id, unit.record()))
-        for window in windows:
-            if not (listening := listening and _heard(process, window)):
-                return
-        _heard(process, None)
+        """The windows of a unit, to their end or that of the process, whose answer says so."""
+        window: object = (unit.id, unit.record())
+        while _heard(process, window) and window is not None:
+            try:
+                window = next(windows, None)
+            except BaseException:
+                # Nothing of the unit is left when the error is told, unless the process dies now.
+                if _heard(process, GIVEN_UP):
+                    with suppress(TransientError), self._answers:
+                        _answer(process, unit)
+                raise
 
 
 def _heard(process: subprocess.Popen[bytes], message: object) -> bool:
@@ -97,7 +96,12 @@ def _heard(process: subprocess.Popen[bytes], message: object) -> bool:
     try:
         send(process, message)
     except BrokenPipeError:
+        process.wait()
         return False
+    except BaseException:
+        # It may have half of the message, and would take the next one for the rest.
+        process.kill()
+        raise
     return True
 
 

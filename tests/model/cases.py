@@ -40,3 +40,12 @@ def random_rows(
     """Rows of documents with the given lengths, for `PackedBatch.from_sequences`."""
     generator = torch.Generator().manual_seed(seed)
     return [[random_document(length, generator, modalities) for length in row] for row in lengths]
+
+
+def random_starts(rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """`PackedBatch.cu_seqlens` of full rows of up to six documents, and one of a single token; with room for three more."""
+    starts = [0, 1]
+    for row in range(rows):
+        cuts = torch.randperm(length - 2, generator=generator)[: int(torch.randint(6, (), generator=generator))] + 2
+        starts += [row * length + cut for cut in (*sorted(cuts.tolist()), length)]
+    return torch.tensor(starts + [rows * length] * 3, dtype=torch.int32)

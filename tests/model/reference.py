@@ -72,10 +72,14 @@ class Reference:
 
     def block(self, xs: list[np.ndarray], prefix: str) -> list[np.ndarray]:
         eps = self.config.layer_norm_eps
-        normed = [layer_norm(x, self.w[f"{prefix}.attention_norm.weight"], eps) for x in xs]
-        xs = [x + y for x, y in zip(xs, self.attention(normed, f"{prefix}.attention"), strict=True)]
-        scale = self.w[f"{prefix}.feed_forward_norm.weight"]
-        return [x + self.feed_forward(layer_norm(x, scale, eps), f"{prefix}.feed_forward") for x in xs]
+        first, second = (self.w[f"{prefix}.{name}_norm.weight"] for name in ("attention", "feed_forward"))
+        if self.config.norm_placement == "reordered":
+            mixed = self.attention(xs, f"{prefix}.attention")
+            xs = [x + layer_norm(y, first, eps) for x, y in zip(xs, mixed, strict=True)]
+            return [x + layer_norm(self.feed_forward(x, f"{prefix}.feed_forward"), second, eps) for x in xs]
+        mixed = self.attention([layer_norm(x, first, eps) for x in xs], f"{prefix}.attention")
+        xs = [x + y for x, y in zip(xs, mixed, strict=True)]
+        return [x + self.feed_forward(layer_norm(x, second, eps), f"{prefix}.feed_forward") for x in xs]
 
     def hidden_states(self, ids: list[int], modalities: list[int]) -> list[np.ndarray]:
         names = ("text", "image", "audio")

@@ -13,7 +13,7 @@ import torch
 
 from model import AttentionBackendError, PackedBatch, UnifiedTransformer
 from model.attention import BACKENDS, AttentionPlan, Backend, attend, plan_attention, select_backend, unusable
-from tests.model.cases import random_rows, tiny_config
+from tests.model.cases import random_rows, random_starts, tiny_config
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -118,7 +118,10 @@ def test_a_package_that_was_built_for_another_torch_is_no_backend_and_is_told(
     _write(path_of_packages / "flash_attn/__init__.py", "raise ImportError('undefined symbol: _ZTIN3c105ErrorE')")
     if installed:
         _write(path_of_packages / "flash_attn-2.8.3.dist-info/METADATA", "Name: flash-attn\nVersion: 2.8.3")
-    told = "the package flash-attn cannot be imported (undefined symbol: _ZTIN3c105ErrorE); install it anew for torch 2"
+    told = (
+        "the package flash-attn cannot be imported (ImportError: undefined symbol: _ZTIN3c105ErrorE); "
+        "install it for torch 2"
+    )
     assert (_reason("flash_attn") or "").startswith(told)
     assert "flash-attn-4 cannot be imported" in (_reason("flash_attn_4") or "")
     assert [record.getMessage().startswith(told) for record in caplog.records] == [True] * installed
@@ -134,6 +137,24 @@ def test_the_early_module_that_flash_attn_brings_is_not_taken_for_flash_attn_4(p
     assert (_reason("flash_attn_4") or "").startswith("flash_attn.cute takes no max_seqlen_q, so it is not the package")
 
 
+@pytest.mark.parametrize("code", ["", "raise RuntimeError('registered twice')", "flash_attn_varlen_func = print"])
+def test_a_package_that_fails_in_any_way_is_passed_by(code: str, path_of_packages: Path) -> None:
+    _write(path_of_packages / "flash_attn/cute/__init__.py", code)
+    assert _reason("flash_attn_4")
+    assert select_backend(tiny_config(), torch.device("cuda"), torch.bfloat16) in ("varlen", "sdpa")
+
+
+def test_a_compiled_model_can_ask_for_the_backend(path_of_packages: Path) -> None:
+    _write(path_of_packages / "flash_attn/__init__.py", "")
+    _write(path_of_packages / "flash_attn/flash_attn_interface.py", "def flash_attn_varlen_func(q, max_seqlen_q): ...")
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def asks(x: torch.Tensor) -> torch.Tensor:
+        return x + (unusable("flash-attn", "flash_attn.flash_attn_interface", "pip install flash-attn") is None)
+
+    assert asks(torch.zeros(2)).tolist() == [1, 1]
+
+
 def test_flash_attn_4_alone_is_not_taken_for_flash_attn(path_of_packages: Path) -> None:
     assert _reason("flash_attn_4") == "the package flash-attn-4 is not installed (pip install --pre flash-attn-4)"
     unusable.cache_clear()
@@ -144,30 +165,33 @@ def test_flash_attn_4_alone_is_not_taken_for_flash_attn(path_of_packages: Path) 
 
 @needs_gpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("head_size", [64, 128])
 @pytest.mark.parametrize("name", list(BACKENDS))
-def test_each_backend_agrees_with_float64_forward_and_backward(name: str) -> None:
+def test_each_backend_agrees_with_float64_forward_and_backward(name: str, head_size: int, seed: int) -> None:
     device = torch.device("cuda")
-    config = tiny_config(hidden_size=256, num_attention_heads=4, max_sequence_length=256, attention_backend=name)
-    reason = BACKENDS[name].unavailable(device, torch.bfloat16, config.head_size)
+    reason = BACKENDS[name].unavailable(device, torch.bfloat16, head_size)
     if reason is not None:
         pytest.skip(reason)
-    generator = torch.Generator(device).manual_seed(0)
+    # All numbers are drawn on the CPU, so that every device sees the same ones.
+    generator = torch.Generator().manual_seed(seed)
+    rows = int(torch.randint(1, 4, (), generator=generator))
+    length = int(torch.randint(100, 300, (), generator=generator))
+    starts = random_starts(rows, length, generator).to(device)
     q, k, v, gradient = (
-        torch.randn(2, 200, 4, 64, generator=generator, device=device, dtype=torch.float64) for _ in range(4)
+        torch.randn(rows, length, 4, head_size, generator=generator).to(device, torch.bfloat16) for _ in range(4)
     )
-    starts = torch.tensor([0, 1, 70, 150, 200, 333, 400, 400, 400], dtype=torch.int32, device=device)
     results = []
     for backend, dtype in ((name, torch.bfloat16), ("sdpa", torch.float64)):
-        leaves = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in (q, k, v)]
-        x = torch.empty(2, 200, 256, device=device, dtype=dtype)
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
         plan = plan_attention(
-            tiny_config(hidden_size=256, num_attention_heads=4, max_sequence_length=256, attention_backend=backend),
-            x,
+            tiny_config(hidden_size=4 * head_size, num_attention_heads=4, attention_backend=backend),
+            torch.empty(rows, length, 4 * head_size, device=device, dtype=dtype),
             cu_seqlens=starts,
-            max_seqlen=200,
+            max_seqlen=length,
         )
         out = attend(*leaves, plan)
-        results.append([out, *torch.autograd.grad(out, leaves, gradient.to(torch.bfloat16).to(dtype))])
+        results.append([out, *torch.autograd.grad(out, leaves, gradient.to(dtype))])
     for ours, exact in zip(*results, strict=True):
         error = (ours.double() - exact).norm() / exact.norm()
         assert float(error) < 0.01

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from model import (
     UnifiedTransformer,
 )
 from model.attention import AttentionPlan, attend
+from model.config import NormPlacement
 from model.heads import head_losses
 from tests.model.cases import random_rows, tiny_config
 from tests.model.reference import Reference, attention_of_document, rope
@@ -27,6 +30,8 @@ VARIANTS = [
     {"use_rope": False},
     {"qk_norm": True, "rope_theta": 500.0},
     {"loss_chunk_tokens": 3, "z_loss_weight": 0.1},
+    {"norm_placement": "reordered"},
+    {"norm_placement": "reordered", "qk_norm": True, "use_rope": False},
 ]
 
 
@@ -74,9 +79,11 @@ def test_attention_matches_loops_on_packed_documents() -> None:
         start += length
 
 
+# All that there are, so that a new one needs its formula in the reference.
+@pytest.mark.parametrize("norm_placement", get_args(NormPlacement))
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_attention_module_and_block_match_loops(qk_norm: bool) -> None:
-    model = double_model(qk_norm=qk_norm)
+def test_attention_module_and_block_match_loops(qk_norm: bool, norm_placement: str) -> None:
+    model = double_model(qk_norm=qk_norm, norm_placement=norm_placement)
     x = torch.randn(2, 7, 32, dtype=torch.float64)
     block, reference = model.blocks[1], Reference(model)
     assert isinstance(block, TransformerBlock)
