@@ -205,6 +205,8 @@ class PretrainRecipe(Settings):
     40% of what a block keeps and a ninth of its work. The latter needs fused blocks."""
     recompute_every: int = Field(default=0, ge=0)
     """Activation checkpointing: every n-th block is computed again in the backward pass. 0 is none, 1 all."""
+    memory_gib: float | None = Field(default=None, gt=0)
+    """In place of `recompute_every`: as few blocks are computed again as fit so much memory of each rank, by the plan."""
     keep: Literal["least", "all"] = "least"
     """What fused blocks keep for the backward pass, unless it is computed again: what their products put out, from which the
     rest is made (6 D + F numbers a token and block, D hidden, F feed-forward), or all (8 D + 2 F), a little faster."""
@@ -234,6 +236,11 @@ class PretrainRecipe(Settings):
             raise ValueError(
                 f"batch.sequences is {self.batch.sequences}: it must be a multiple of batch.micro_batch = "
                 f"{self.batch.micro_batch}"
+            )
+        if self.memory_gib is not None and "recompute_every" in self.model_fields_set and self.recompute_every:
+            raise ValueError(
+                f"memory_gib is {self.memory_gib:g}, from which recompute_every follows, but that is given, too: leave one "
+                "of them out"
             )
         if self.masters == "optimizer" and self.precision == "fp32":
             raise ValueError("masters is 'optimizer', which keeps weights in bf16: set precision to bf16 or float8")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import re
+
 import pytest
 
-from model import UnifiedTransformer, UnifiedTransformerConfig
+from model import PackedBatch, UnifiedTransformer, UnifiedTransformerConfig
 from pipelines.launch import pretrain_cost
-from pipelines.pretrain.plan import Plan, describe, dry_run, make_plan
+from pipelines.pretrain.parallelize import join_ranks, model_of
+from pipelines.pretrain.plan import Plan, config_of, describe, dry_run, fit_memory, h200_tflops, make_plan
 from pipelines.pretrain.recipe import PretrainRecipe
-from pipelines.recipe import read_recipe
+from pipelines.recipe import RecipeError, read_recipe
 from slurm.settings import ClusterRecipe
+from tests.model.cases import random_rows
 
 
 def planned(name: str, *overrides: str, gpus: int = 1) -> tuple[Plan, PretrainRecipe]:
@@ -39,6 +44,53 @@ def test_recomputation_and_more_gpus_save_memory() -> None:
     assert whole > part > every
     assert planned("pretrain/8b")[0].memory_gib > whole
     assert planned("pretrain/8b", gpus=8)[0].memory_gib < whole
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "measured"),
+    [
+        ("8b", (), 13_530),
+        ("8b", ("precision=float8", "keep=least", "batch.micro_batch=4"), 17_655),
+        ("8b", ("recompute_every=2", "keep=least", "batch.micro_batch=8"), 11_844),
+        ("1b", (), 78_766),
+    ],
+)
+def test_planned_speed_of_large_models_is_within_a_tenth_of_an_h200s(
+    name: str, changes: tuple[str, ...], measured: int
+) -> None:
+    recipe = planned(f"pretrain/{name}", *changes)[1]
+    plan = make_plan(recipe, config_of(recipe)[0], tflops=h200_tflops(recipe.precision))
+    assert plan.tokens_per_second == pytest.approx(measured, rel=0.1)
+
+
+def test_as_few_blocks_are_computed_again_as_a_memory_takes() -> None:
+    def every(*changes: str, gpus: int = 1) -> int:
+        recipe = read_recipe(PretrainRecipe, "pretrain/8b", ["keep=least", "batch.micro_batch=4", *changes])
+        config = config_of(recipe)[0]
+        fitted = fit_memory(recipe, config, gpus=gpus)
+        memory = recipe.memory_gib or 0
+        assert make_plan(recipe, config, gpus=gpus).memory_gib <= memory
+        if fitted.recompute_every:
+            # One block less would be too much.
+            fewer = {"recompute_every": fitted.recompute_every + 1, "memory_gib": None}
+            if len(range(0, 36, fitted.recompute_every + 1)) < len(range(0, 36, fitted.recompute_every)):
+                assert make_plan(recipe.model_copy(update=fewer), config, gpus=gpus).memory_gib > memory
+        return fitted.recompute_every
+
+    assert every("memory_gib=135") == 0
+    assert every("memory_gib=131") > every("memory_gib=120") > every("memory_gib=100") >= 1
+    assert every("memory_gib=100", gpus=8) == 0
+    assert every("memory_gib=131", "recompute=feed_forward") <= every("memory_gib=131")
+    with pytest.raises(RecipeError, match=r"memory_gib is 80, but each of 1 ranks takes 9\d\.\d GiB with all blocks"):
+        every("memory_gib=80")
+    with pytest.raises(RecipeError, match="memory_gib is 80, from which recompute_every follows"):
+        every("memory_gib=80", "recompute_every=2")
+
+
+def test_a_plan_tells_which_blocks_are_computed_again() -> None:
+    recipe = read_recipe(PretrainRecipe, "pretrain/8b", ["keep=least", "batch.micro_batch=4", "memory_gib=120"])
+    text = dry_run(recipe, tflops=700)
+    assert re.search(r"computed again +all of every \dth block", text), text
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "1b", "8b", "demo"])
@@ -72,3 +124,16 @@ def test_what_a_cluster_job_takes_is_what_the_plan_says() -> None:
     assert f"About {plan.gpu_hours:,.2g} GPU-hours on H200s, {plan.memory_gib:,.1f} GiB on each of 8" in text
     assert "with the reference vocabularies" in text
     assert "at most 8.0 GPU-hours (2 nodes of 4 GPUs for 60)" in text
+
+
+def test_a_model_is_built_as_its_memory_allows() -> None:
+    recipe = read_recipe(PretrainRecipe, "pretrain/tiny", ["data.dataset=/nowhere", "memory_gib=0.25"])
+    config = config_of(recipe)[0]
+    with join_ranks("cpu") as ranks:
+        model = model_of(recipe, config, ranks)
+        batch = PackedBatch.from_sequences(random_rows([[9]]))
+        checkpointed = [isinstance(block.forward, functools.partial) for block in model.blocks]
+        assert checkpointed == [True, False, False, True]
+        model.loss(batch).total.backward()
+        with pytest.raises(RecipeError, match=r"memory_gib is 0\.1, but each of 1 ranks takes"):
+            model_of(recipe.model_copy(update={"memory_gib": 0.1}), config, ranks)
