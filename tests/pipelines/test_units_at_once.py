@@ -100,3 +100,31 @@ def test_what_the_writer_cannot_take_of_a_unit_holds_up_no_other_one(worker: Uni
     assert worker._writing._process is process
     assert leftovers(worker) == []
     assert own_threads() == []
+
+
+def test_a_killed_writer_fails_what_it_had_and_no_unit_that_comes_after(worker: UnitWorker) -> None:
+    worker.decoders, worker.window = 1, WindowSize(documents=1, size=2**20)
+    unit = largest(worker)
+    expected = worker.run(unit).rows
+    count = itertools.count()
+
+    def killing(unit: WorkUnit) -> Generator[Encoded, None, None]:
+        kills = next(count) == 2
+        for number, window in enumerate(UnitWorker._windows(worker, unit)):
+            yield window
+            if kills and number == 1:
+                assert worker._writing._process
+                worker._writing._process.kill()
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(UNITS_AT_ONCE) as threads:
+        patch.setattr(worker, "_windows", killing)
+        futures = [threads.submit(worker.run, unit) for _ in range(8)]
+        ends = [future.exception(timeout=60) for future in futures]
+    # The one that was being given, and perhaps the one before, which was being finished.
+    failed = [end for end in ends if end]
+    assert 1 <= len(failed) <= 2
+    assert {type(end) for end in failed} == {TransientError}
+    assert [future.result().rows for future, end in zip(futures, ends, strict=True) if not end] == [expected] * (
+        8 - len(failed)
+    )
+    assert own_threads() == []
