@@ -52,8 +52,8 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         library = arguments.out / f"{NAME}{arguments.suffix}"
         # Named, so that it finds them: Python loads torch's libraries without giving their symbols to others.
-        named = [f"-L{arguments.torch / 'lib'}", *(f"-l{name}" for name in LIBRARIES)]
-        subprocess.run(["nvcc", "-shared", "-o", library, *objects, *named], check=True)
+        linked = [f"-L{arguments.torch / 'lib'}", *(f"-l{name}" for name in LIBRARIES)]
+        subprocess.run(["nvcc", "-shared", "-o", library, *objects, *linked], check=True)
         shutil.copytree(folder / SOURCE / "flash_attn", arguments.out / "flash_attn", dirs_exist_ok=True)
         # So that it counts as installed.
         named = arguments.out / f"{SOURCE}.dist-info"

@@ -15,14 +15,14 @@ KINDS = {
     "attention": ("flash", "fmha", "attn"),
     "loss": ("softmax_loss",),
     "optimizer": ("adamw",),
-    "clip": ("multi_tensor",),
+    "clip and zero": ("multi_tensor",),
     "matmul": ("gemm", "nvjet", "xmma", "cublas", "cutlass"),
     "elementwise": ("norm_kernel", "norm_backward", "gelu", "rotate"),
     "copy": ("memcpy", "memset", "copy"),
     "reduction": ("reduce",),
 }
 
-ONCE_A_STEP = ("optimizer", "clip")
+ONCE_A_STEP = ("optimizer", "clip and zero")
 PROFILED = 8
 """Micro-batches: attention of one differs from another's by a third, with the documents in it."""
 

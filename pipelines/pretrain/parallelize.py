@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import faulthandler
 import functools
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +31,6 @@ from pipelines.pretrain.plan import fit_memory
 
 if TYPE_CHECKING:
     from pipelines.pretrain.recipe import PretrainRecipe, ShardingSettings
-
-logger = logging.getLogger(__name__)
 
 _FAREWELL_S = 60.0
 """How long the ranks that are left may take to let go of each other when one is gone."""
@@ -140,8 +137,6 @@ def model_of(recipe: PretrainRecipe, config: UnifiedTransformerConfig, ranks: Ra
         RecipeError: its `memory_gib` does not take the model.
     """
     recipe = fit_memory(recipe, config, gpus=ranks.world_size)
-    if recipe.memory_gib is not None:
-        logger.info("memory_gib is %g: recompute_every is %d", recipe.memory_gib, recipe.recompute_every)
     return build_model(
         config,
         ranks,

@@ -98,7 +98,7 @@ def make_plan(
 
 
 def fit_memory(recipe: PretrainRecipe, config: UnifiedTransformerConfig, *, gpus: int = 1) -> PretrainRecipe:
-    """The recipe with as few blocks computed again as its `memory_gib` takes; without that as it is.
+    """The recipe with the largest `recompute_every`, or none, that its `memory_gib` takes; without that as it is.
 
     Raises:
         RecipeError: it does not take the model even with all of them computed again.
@@ -208,6 +208,7 @@ def dry_run(recipe: PretrainRecipe, *, gpus: int = 1, tflops: float | None = Non
     elif kind:
         tflops = measured_tflops(torch.device(kind), recipe.precision)
         rate = f"{tflops:,.2f} TFLOP/s measured here on a large product"
+        rate += f" in bfloat16, times {FLOAT8_GAIN}" if recipe.precision == "float8" else ""
     else:
         tflops = h200_tflops(recipe.precision)
         rate = f"{tflops:,.0f} TFLOP/s, those of 8b on one H200 (smaller models reach less)"
@@ -270,7 +271,8 @@ def describe(plan: Plan, recipe: PretrainRecipe) -> str:
 
 def _recomputed(recipe: PretrainRecipe) -> str:
     every = recipe.recompute_every
-    return f"{recipe.recompute} of every {every}th block" if every > 1 else f"{recipe.recompute} of all blocks"
+    what = {"all": "all", "feed_forward": "the feed-forward part"}[recipe.recompute]
+    return f"{what} of one block in {every}" if every > 1 else f"{what} of every block"
 
 
 def _travel(plan: Plan) -> list[tuple[str, str]]:

@@ -32,6 +32,7 @@ from pipelines.shards.storage import Storage
 _MAY_CHANGE = (
     "threads", "logging.", "data.prefetch", "data.workers", "checkpoints.", "validation.every", "faults.hang_s",
     "faults.nonfinite_steps", "sharding.", "keep", "tune",
+    "recompute", "memory_gib",
 )  # fmt: skip
 """Keys of a recipe that a run may go on with another value of: they change nothing that is learned, but for rounding."""
 

@@ -182,15 +182,19 @@ class Pool:
             cpus: what a worker takes, of those with a GPU where there are such.
         """
         settings, most = self._recipe.cluster, self._recipe.workers
-        fit = sum(settings.places(*node, cpus) for node in nodes)
+        places = [settings.places(*node, cpus) for node in nodes]
+        fit = sum(places)
         if not settings.gpus_per_worker:
             self._without_gpu = {source.name for source in self._sources}
             return {False: most or max(1, fit)}
         texts = {source.name for source in self._sources if not source.has_media}
         others = len(self._sources) > len(texts)
         with_gpu = most or max(1, fit)
-        # CPUs are left over where fewer workers with a GPU are started than would fit, or none.
-        left = sum(int(has) for has, _ in nodes) - int((min(with_gpu, fit) if others else 0) * cpus)
+        left = 0
+        for (has, _), here in zip(nodes, places, strict=True):
+            # Where of several nodes Ray puts fewer than fit is not known, so their places stay free on each.
+            taken = (min(here, with_gpu) if len(nodes) == 1 else here) if others else 0
+            left += int(has - taken * cpus + 1e-9)
         beside = left if settings.cpu_workers is None else settings.cpu_workers
         if not texts or (others and not beside):
             return {True: with_gpu}

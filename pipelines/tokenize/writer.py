@@ -32,8 +32,12 @@ def main() -> None:
             try:
                 unit, record = pickle.load(given)
                 finish = _laid_out(storage, vocabulary, unit, record, _windows(given))
-            except (EOFError, WorkerGoneError):
+            except EOFError:
                 return
+            except WorkerGoneError as error:
+                if isinstance(error.__cause__, EOFError | pickle.UnpicklingError):
+                    return
+                raise
             # The next unit begins to be laid out; the one after it waits in the parent.
             beside.submit(_answer, answers, finish)
 
@@ -41,6 +45,9 @@ def main() -> None:
 def _answer(answers: BinaryIO, finish: Callable[[], WrittenShard | Exception | str]) -> None:
     try:
         put(answers, pickle.dumps(finish(), 5))
+    except BrokenPipeError:
+        # The worker has ended, which ends the windows, too.
+        return
     except BaseException:
         # The worker waits for an answer, or for the end of this process.
         traceback.print_exc()
@@ -52,6 +59,7 @@ def _windows(given: BinaryIO) -> Generator[Encoded, None, None]:
         try:
             window = pickle.load(given)
         except Exception as error:
+            # Whatever it is, where the next message begins is not known.
             raise WorkerGoneError from error
         if window == GIVEN_UP:
             raise GivenUpError

@@ -101,6 +101,7 @@ def _heard(process: subprocess.Popen[bytes], message: object) -> bool:
     except BaseException:
         # It may have half of the message, and would take the next one for the rest.
         process.kill()
+        process.wait()
         raise
     return True
 
