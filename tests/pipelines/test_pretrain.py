@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pipelines.pretrain.checkpoint import list_checkpoints
 from pipelines.pretrain.export import load_model
 from pipelines.pretrain.loop import run
 from pipelines.pretrain.metrics import drop_after, read_metrics
+from pipelines.pretrain.plan import config_of, make_plan
 from pipelines.pretrain.run import RunError, RunResult
 from pipelines.shards.dataset import Dataset
 from tests.pipelines.corpora import VOCABULARY
@@ -89,6 +91,7 @@ def test_what_decides_nothing_may_change_between_calls(
         logging={"every": 7, "tensorboard": True},
         checkpoints={"every": 3, "keep": 1},
         validation={"every": 5},
+        memory_gib=80,
     )
     assert trained(recipe).already_finished
 
@@ -164,6 +167,19 @@ def test_tensorboard_holds_the_curves(dataset: Dataset, tmp_path: Path) -> None:
     events.Reload()
     assert [e.step for e in events.Scalars("train/loss/audio")] == [1, 2, 3, 4]
     assert [e.step for e in events.Scalars("validation/loss/audio_codebooks/1")] == [4]
+
+
+def test_a_run_computes_blocks_again_where_its_memory_asks_for_it(
+    dataset: Dataset, finished: RunResult, tmp_path: Path
+) -> None:
+    recipe = run_recipe(dataset, tmp_path / "run")
+    config = config_of(recipe)[0]
+    every, none = (make_plan(recipe.model_copy(update={"recompute_every": n}), config).memory_gib for n in (1, 0))
+    assert every < none
+    with (tmp_path / "screen").open("w") as screen:
+        run(recipe.model_copy(update={"memory_gib": (every + none) / 2}), Console(file=screen))
+    assert re.search(r"memory_gib = 0\.\d+: recompute_every = [1-9]", (tmp_path / "screen").read_text())
+    assert losses_of(tmp_path / "run") == losses_of(finished.folder)
 
 
 def test_the_screen_tells_the_progress(dataset: Dataset, tmp_path: Path) -> None:
