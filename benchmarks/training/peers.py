@@ -9,7 +9,9 @@ carry as wheels, with --no-deps (torch 2.11, Python 3.12):
     torchtitan  torchtitan 0.2.2 (0.3 has other names, and needs spmd-types 0.2.3), torchdata 0.11.0, einops 0.8.2,
                 tyro 1.0.17, docstring-parser, typeguard; it imports Triton
 
-torchtitan's block is Llama's: its feed-forward part has three matrices, whose size is set so that it multiplies as much.
+Their vocabulary is the text one, padded to a multiple of 128, as litgpt pads (to 512) and transformers advises: at an odd size,
+such as 50,257, cuBLAS has only slow kernels (docs/decisions/0013). torchtitan's block is Llama's: its feed-forward part has
+three matrices, whose size is set so that it multiplies as much.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def gpt_neox(ours: UnifiedTransformerConfig, length: int, compiled: bool) -> Pee
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = GPTNeoXConfig(
-        vocab_size=ours.text_vocab_size, hidden_size=ours.hidden_size, num_hidden_layers=ours.num_layers,
+        vocab_size=padded(ours.text_vocab_size), hidden_size=ours.hidden_size, num_hidden_layers=ours.num_layers,
         num_attention_heads=ours.num_attention_heads, intermediate_size=ours.ffn_hidden_size, rotary_pct=1.0,
         max_position_embeddings=length, use_cache=False,
     )  # fmt: skip
@@ -92,8 +94,8 @@ def litgpt(ours: UnifiedTransformerConfig, length: int, compiled: bool) -> Peer:
     from litgpt.model import GPT
 
     config = Config(
-        block_size=length, n_layer=ours.num_layers, n_embd=ours.hidden_size, n_head=ours.num_attention_heads,
-        vocab_size=ours.text_vocab_size, padded_vocab_size=ours.text_vocab_size, bias=False, rotary_percentage=1.0,
+        block_size=length, n_layer=ours.num_layers, n_embd=ours.hidden_size, n_head=ours.num_attention_heads, bias=False,
+        vocab_size=ours.text_vocab_size, padded_vocab_size=padded(ours.text_vocab_size), rotary_percentage=1.0,
         intermediate_size=ours.ffn_hidden_size, parallel_residual=False,
     )  # fmt: skip
     with torch.device(device()):
@@ -110,8 +112,8 @@ def torchtitan(ours: UnifiedTransformerConfig, length: int, compiled: bool) -> P
     # It takes two thirds of four times the width, times this: ours has two matrices, it has three.
     share = ours.ffn_hidden_size / (4 * ours.hidden_size)
     args = TransformerModelArgs(
-        dim=ours.hidden_size, n_layers=ours.num_layers, n_heads=ours.num_attention_heads, vocab_size=ours.text_vocab_size,
-        max_seq_len=length, ffn_dim_multiplier=share, multiple_of=min(256, ours.hidden_size),
+        dim=ours.hidden_size, n_layers=ours.num_layers, n_heads=ours.num_attention_heads, max_seq_len=length,
+        vocab_size=padded(ours.text_vocab_size), ffn_dim_multiplier=share, multiple_of=min(256, ours.hidden_size),
     )  # fmt: skip
     with torch.device(device()):
         model = Transformer(args).train()
@@ -119,6 +121,10 @@ def torchtitan(ours: UnifiedTransformerConfig, length: int, compiled: bool) -> P
             model.init_weights()
     _recompute(list(model.layers.values()), compiled)
     return model, lambda ids: _next_token_loss(model(ids), ids)
+
+
+def padded(vocabulary: int) -> int:
+    return -(-vocabulary // 128) * 128
 
 
 def _recompute(blocks: list[nn.Module], compiled: bool) -> None:
