@@ -9,9 +9,9 @@ carry as wheels, with --no-deps (torch 2.11, Python 3.12):
     torchtitan  torchtitan 0.2.2 (0.3 has other names, and needs spmd-types 0.2.3), torchdata 0.11.0, einops 0.8.2,
                 tyro 1.0.17, docstring-parser, typeguard; it imports Triton
 
-Their vocabulary is the text one, padded to a multiple of 128, as litgpt pads (to 512) and transformers advises: at an odd size,
-such as 50,257, cuBLAS has only slow kernels (docs/decisions/0013). torchtitan's block is Llama's: its feed-forward part has
-three matrices, whose size is set so that it multiplies as much.
+Their vocabulary is the text one, padded to a multiple of 128, as litgpt pads (to 512) and transformers advises: at an odd
+size, such as 50,257, cuBLAS has only slow kernels (docs/decisions/0013). torchtitan's block is Llama's: its feed-forward part
+has three matrices, whose size is set so that it multiplies as much.
 """
 
 from __future__ import annotations
