@@ -31,7 +31,8 @@ def trainer(
     )
     with join_ranks("auto") as ranks:
         model = build_model(
-            config, ranks, seed=0, precision=precision, masters=masters, recompute_every=recompute_every,
+            config, ranks, seed=0, precision=precision, masters=masters,
+            recomputed=range(0, config.num_layers, recompute_every) if recompute_every else (),
             recompute=recompute, keep=keep, tune=tune, compile_blocks=compile_blocks,
         )  # fmt: skip
         yield SimpleNamespace(

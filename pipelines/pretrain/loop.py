@@ -38,7 +38,7 @@ from pipelines.pretrain.mfu import peak_of
 from pipelines.pretrain.mirror import Copying, Mirror, restore
 from pipelines.pretrain.optimizer import make_optimizer, set_learning_rate
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer, join_ranks, model_of
-from pipelines.pretrain.plan import fit_memory, make_plan
+from pipelines.pretrain.plan import make_plan, recomputed_blocks
 from pipelines.pretrain.recipe import PretrainRecipe, model_config
 from pipelines.pretrain.roll_back import RollBack, target_of
 from pipelines.pretrain.run import (
@@ -100,8 +100,9 @@ def _train(
     config = model_config(recipe, vocabulary)
     model = model_of(recipe, config, ranks)
     if ranks.first and recipe.memory_gib is not None:
-        every = fit_memory(recipe, config, gpus=ranks.world_size).recompute_every
-        console.print(f"memory_gib = {recipe.memory_gib:g}: recompute_every = {every}", highlight=False)
+        again = len(recomputed_blocks(recipe, config, gpus=ranks.world_size))
+        told = f"memory_gib = {recipe.memory_gib:g}: {again} of {config.num_layers} blocks are computed again"
+        console.print(told, highlight=False)
     share_codebook_directions(model, vocabulary, recipe.seed)
     optimizer = make_optimizer(model, recipe.optimizer)
     guard = Guard(recipe.faults, ranks.device)

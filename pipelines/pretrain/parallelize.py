@@ -12,7 +12,7 @@ from __future__ import annotations
 import faulthandler
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import UnifiedTransformer, UnifiedTransformerConfig, float8, products
 from model.fused import runs_fused
-from pipelines.pretrain.plan import fit_memory
+from pipelines.pretrain.plan import recomputed_blocks
 
 if TYPE_CHECKING:
     from pipelines.pretrain.recipe import PretrainRecipe, ShardingSettings
@@ -136,13 +136,12 @@ def model_of(recipe: PretrainRecipe, config: UnifiedTransformerConfig, ranks: Ra
     Raises:
         RecipeError: its `memory_gib` does not take the model.
     """
-    recipe = fit_memory(recipe, config, gpus=ranks.world_size)
     return build_model(
         config,
         ranks,
         seed=recipe.seed,
         precision=recipe.precision,
-        recompute_every=recipe.recompute_every,
+        recomputed=recomputed_blocks(recipe, config, gpus=ranks.world_size),
         compile_blocks=recipe.compile,
         masters=recipe.masters,
         recompute=recipe.recompute,
@@ -158,7 +157,7 @@ def build_model(
     *,
     seed: int,
     precision: str = "bf16",
-    recompute_every: int = 0,
+    recomputed: Collection[int] = (),
     compile_blocks: bool = False,
     masters: str = "parameters",
     recompute: str = "all",
@@ -171,7 +170,7 @@ def build_model(
     Args:
         precision: "bf16" multiplies in bfloat16, keeps fp32 weights and reduces gradients in fp32; "float8" besides
             multiplies the blocks' activations and weights in float8 (`model.float8`); "fp32".
-        recompute_every: every n-th block keeps no activations; 0 is none, 1 is all.
+        recomputed: numbers of the blocks that keep no activations.
         compile_blocks: compile each block.
         masters: "parameters" are fp32; or they are bf16, and the "optimizer" keeps the masters.
         recompute: what those blocks compute again, "all" or "feed_forward".
@@ -187,7 +186,7 @@ def build_model(
     if masters == "optimizer":
         model.to(torch.bfloat16)
     fused = _runs_fused(config, ranks, precision)
-    if recompute == "feed_forward" and recompute_every and not fused:
+    if recompute == "feed_forward" and recomputed and not fused:
         raise ValueError(f"recompute is {recompute!r}, which only fused blocks do: set recompute to 'all'")
     if precision == "float8":
         if not fused:
@@ -198,11 +197,11 @@ def build_model(
     for number, block in enumerate(model.blocks):
         block.float8 = precision == "float8"  # type: ignore[assignment]
         block.keep = keep  # type: ignore[assignment]
-        if recompute_every and number % recompute_every == 0:
+        if number in recomputed:
             block.recompute = recompute  # type: ignore[assignment]
         # Replacing `forward` of the instance, rather than wrapping the module, leaves parameter names alone and the
         # hooks of FSDP2 outside of what is compiled.
-        if recompute_every and number % recompute_every == 0 and not fused:
+        if number in recomputed and not fused:
             block.forward = functools.partial(  # type: ignore[method-assign]
                 checkpoint, block.forward, use_reentrant=False
             )

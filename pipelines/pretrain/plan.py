@@ -12,7 +12,7 @@ Shapes: P parameters, L layers, D hidden, F feed-forward, T tokens of a micro-ba
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,8 @@ class Plan:
     """By convention: "full" and "causal" attention."""
     memory: Mapping[str, float]
     """Bytes on each rank, by part."""
+    recomputed: int
+    """Blocks that are computed again in the backward pass."""
     tokens: int
     tokens_per_second: float
     """Of all ranks together."""
@@ -73,10 +75,10 @@ def make_plan(
     Args:
         tflops: what one GPU reaches on large matrix products in the recipe's precision.
     """
-    recipe = fit_memory(recipe, config, gpus=gpus)
+    recomputed = len(recomputed_blocks(recipe, config, gpus=gpus))
     length = recipe.data.sequence_length
     flops = {c: config.flops_per_token(length, c) for c in ("full", "causal")}  # type: ignore[arg-type]
-    again = len(_recomputing(recipe, config)) / config.num_layers * _again(recipe, config)
+    again = recomputed / config.num_layers * _again(recipe, config)
     rate = tflops * 1e12 * SHARE_OF_PRODUCTS / (1 + again)
     micro_batches = max(1, recipe.batch.sequences // (recipe.batch.micro_batch * gpus))
     step = predict(
@@ -89,7 +91,8 @@ def make_plan(
     return Plan(
         parameters=config.num_parameters(),
         flops_per_token=flops,
-        memory={name: size for name, size in _memory(recipe, config, gpus).items() if size},
+        memory={name: size for name, size in _memory(recipe, config, gpus, recomputed).items() if size},
+        recomputed=recomputed,
         tokens=recipe.total_steps * recipe.tokens_per_step,
         tokens_per_second=gpus * rate / flops["causal"] * step.efficiency,
         gpus=gpus,
@@ -97,20 +100,19 @@ def make_plan(
     )
 
 
-def fit_memory(recipe: PretrainRecipe, config: UnifiedTransformerConfig, *, gpus: int = 1) -> PretrainRecipe:
-    """The recipe with the largest `recompute_every`, or none, that its `memory_gib` takes; without that as it is.
+def recomputed_blocks(recipe: PretrainRecipe, config: UnifiedTransformerConfig, *, gpus: int = 1) -> Sequence[int]:
+    """Numbers of the blocks that are computed again: every n-th, or as few as its `memory_gib` takes, evenly spread.
 
     Raises:
         RecipeError: it does not take the model even with all of them computed again.
     """
+    L = config.num_layers
     if recipe.memory_gib is None:
-        return recipe
-    for every in (0, *range(config.num_layers, 0, -1)):
-        # Not checked again, for there only one of the two may be given.
-        fitted = recipe.model_copy(update={"recompute_every": every})
-        needed = sum(_memory(fitted, config, gpus).values()) / 2**30
+        return range(0, L, recipe.recompute_every) if recipe.recompute_every else range(0)
+    for count in range(L + 1):
+        needed = sum(_memory(recipe, config, gpus, count).values()) / 2**30
         if needed <= recipe.memory_gib:
-            return fitted
+            return [number for number in range(L) if number * count // L < (number + 1) * count // L]
     raise RecipeError(
         f"memory_gib is {recipe.memory_gib:g}, but each of {gpus} ranks takes {needed:.1f} GiB with all blocks computed "
         "again; lower batch.micro_batch, or take more GPUs"
@@ -125,7 +127,7 @@ def _again(recipe: PretrainRecipe, config: UnifiedTransformerConfig) -> float:
     return made[recipe.recompute] / (4 * D * D + 2 * D * F) / 3
 
 
-def _memory(recipe: PretrainRecipe, config: UnifiedTransformerConfig, gpus: int) -> dict[str, float]:
+def _memory(recipe: PretrainRecipe, config: UnifiedTransformerConfig, gpus: int, recomputed: int) -> dict[str, float]:
     P, T = config.num_parameters(), recipe.batch.micro_batch * recipe.data.sequence_length
     bf16 = recipe.precision != "fp32"
     compute = 2 if bf16 else 4
@@ -149,7 +151,7 @@ def _memory(recipe: PretrainRecipe, config: UnifiedTransformerConfig, gpus: int)
         # Until the last micro-batch, sums of gradients stay whole on each rank.
         parts["gradients"] = 4 * P if accumulates else own * P / shards + 4 * largest
     parts["moments"] = 2 * moment * P / shards
-    parts["activations"] = _activations(recipe, config, T, compute, fused)
+    parts["activations"] = _activations(recipe, config, T, compute, fused, recomputed)
     vocabulary = sum(config.vocab_sizes.values())
     chunk = min(config.loss_chunk_tokens, T)
     heads = 4 * vocabulary * config.hidden_size + chunk * max(config.vocab_sizes.values()) * (
@@ -161,7 +163,7 @@ def _memory(recipe: PretrainRecipe, config: UnifiedTransformerConfig, gpus: int)
 
 
 def _activations(
-    recipe: PretrainRecipe, config: UnifiedTransformerConfig, tokens: int, compute: int, fused: bool
+    recipe: PretrainRecipe, config: UnifiedTransformerConfig, tokens: int, compute: int, fused: bool, recomputed: int
 ) -> float:
     D, F, L = config.hidden_size, config.ffn_hidden_size, config.num_layers
     # A plain block keeps besides what LayerNorm and GELU put out, and queries and keys as they were before rotation.
@@ -171,15 +173,9 @@ def _activations(
     whole = (numbers + outputs) * compute + statistics
     without_wide = (numbers - F + (D if outputs else 0)) * compute + statistics
     kept = {"all": D * compute, "feed_forward": without_wide}[recipe.recompute]
-    recomputing = len(_recomputing(recipe, config))
     # While one block is computed again, it holds all that it did not keep.
-    again = (whole - kept) if recomputing else 0
-    return tokens * ((L - recomputing) * whole + recomputing * kept + again)
-
-
-def _recomputing(recipe: PretrainRecipe, config: UnifiedTransformerConfig) -> range:
-    every = recipe.recompute_every
-    return range(0, config.num_layers, every) if every else range(0)
+    again = (whole - kept) if recomputed else 0
+    return tokens * ((L - recomputed) * whole + recomputed * kept + again)
 
 
 def _block_parameters(config: UnifiedTransformerConfig) -> int:
@@ -201,7 +197,6 @@ def dry_run(recipe: PretrainRecipe, *, gpus: int = 1, tflops: float | None = Non
         tflops: see `make_plan`; by default measured on the device of the recipe if it is here, else that of one H200.
     """
     config, sizes = config_of(recipe)
-    recipe = fit_memory(recipe, config, gpus=gpus)
     kind = "cpu" if recipe.device == "cpu" else "cuda" if torch.cuda.is_available() else ""
     if tflops is not None:
         rate = f"{tflops:,.1f} TFLOP/s as given"
@@ -261,18 +256,12 @@ def describe(plan: Plan, recipe: PretrainRecipe) -> str:
         ("budget", f"{plan.tokens:,} tokens, {recipe.total_steps:,} steps of {recipe.tokens_per_step:,}"),
         ("memory a rank", f"{plan.memory_gib:.1f} GiB at its peak"),
         *((f"  {name}", f"{size / 2**30:.1f} GiB") for name, size in plan.memory.items()),
-        *([("computed again", _recomputed(recipe))] if recipe.recompute_every else []),
+        *([("computed again", f"{plan.recomputed} blocks ({recipe.recompute})")] if plan.recomputed else []),
         ("speed", f"about {plan.tokens_per_second:,.0f} tokens/s on {plan.gpus} GPU{'s' if plan.gpus > 1 else ''}"),
         *_travel(plan),
         ("time", f"about {_duration(plan.seconds)}, {plan.gpu_hours:,.1f} GPU-hours"),
     ]
     return "\n".join(f"{name:<28}{value}" for name, value in rows)
-
-
-def _recomputed(recipe: PretrainRecipe) -> str:
-    every = recipe.recompute_every
-    what = {"all": "all", "feed_forward": "the feed-forward part"}[recipe.recompute]
-    return f"{what} of one block in {every}" if every > 1 else f"{what} of every block"
 
 
 def _travel(plan: Plan) -> list[tuple[str, str]]:

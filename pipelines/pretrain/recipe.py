@@ -206,8 +206,8 @@ class PretrainRecipe(Settings):
     recompute_every: int = Field(default=0, ge=0)
     """Activation checkpointing: every n-th block is computed again in the backward pass. 0 is none, 1 all."""
     memory_gib: float | None = Field(default=None, gt=0)
-    """In place of `recompute_every`: the largest of it, or none, with which the plan stays within so much memory of each
-    rank. Leave 2 to 3 GiB of a GPU's for the CUDA context and for pieces that do not fit together."""
+    """In place of `recompute_every`: as few blocks are computed again as keep the plan within so much memory of each rank.
+    Leave 2 to 3 GiB of a GPU's for the CUDA context and for pieces that do not fit together."""
     keep: Literal["least", "all"] = "least"
     """What fused blocks keep for the backward pass, unless it is computed again: what their products put out, from which the
     rest is made (6 D + F numbers a token and block, D hidden, F feed-forward), or all (8 D + 2 F), a little faster."""
@@ -240,8 +240,8 @@ class PretrainRecipe(Settings):
             )
         if self.memory_gib is not None and self.recompute_every:
             raise ValueError(
-                f"memory_gib is {self.memory_gib:g}, from which recompute_every follows, but that is given, too: leave one "
-                "of them out"
+                f"memory_gib is {self.memory_gib:g}, from which follows what is computed again, but recompute_every is "
+                "given, too: leave one of them out"
             )
         if self.masters == "optimizer" and self.precision == "fp32":
             raise ValueError("masters is 'optimizer', which keeps weights in bf16: set precision to bf16 or float8")

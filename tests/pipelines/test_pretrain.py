@@ -178,7 +178,7 @@ def test_a_run_computes_blocks_again_where_its_memory_asks_for_it(
     assert every < none
     with (tmp_path / "screen").open("w") as screen:
         run(recipe.model_copy(update={"memory_gib": (every + none) / 2}), Console(file=screen))
-    assert re.search(r"memory_gib = 0\.\d+: recompute_every = [1-9]", (tmp_path / "screen").read_text())
+    assert re.search(r"memory_gib = 0\.\d+: [1-9] of \d blocks are computed again", (tmp_path / "screen").read_text())
     assert losses_of(tmp_path / "run") == losses_of(finished.folder)
 
 
