@@ -136,7 +136,6 @@ def pretrain_cost(recipes: Sequence[PretrainRecipe], cluster: ClusterRecipe) -> 
 
 def tokenize_workers(recipe: TokenizeRecipe, cluster: ClusterRecipe) -> int:
     """Workers that fit the nodes; of those beside GPUs for sources without media there may be more."""
-    nodes = [(group.cpus, group.gpus_per_node) for group in cluster.all_groups]
-    cpus = recipe.cluster.cpus_of_workers(nodes)
-    places = (recipe.cluster.places(*node, cpus) for node in nodes)
-    return max(1, sum(group.nodes * fit for group, fit in zip(cluster.all_groups, places, strict=True)))
+    settings, groups = recipe.cluster, cluster.all_groups
+    cpus = settings.cpus_of_workers((group.cpus, group.gpus_per_node) for group in groups)
+    return max(1, sum(group.nodes * settings.places(group.cpus, group.gpus_per_node, cpus) for group in groups))

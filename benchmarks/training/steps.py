@@ -34,7 +34,7 @@ def time_steps(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
     config = config_of(arguments, attention_backend=backend, block_backend="fused", loss_chunk_tokens=4096)
     say = lambda what, **values: record(arguments.out, "step", what, **values)  # noqa: E731
     with trainer(config, keep=arguments.keep, precision=arguments.precision, tune=arguments.tune) as run:
-        micro, _ = largest_micro_batch(arguments, config, run, say)
+        micro = largest_micro_batch(arguments, config, run, say)
         if not micro:
             return
         steps = make_steps(

@@ -79,19 +79,19 @@ def fastest_attention(arguments: argparse.Namespace) -> str:
 
 def largest_micro_batch(
     arguments: argparse.Namespace, config: UnifiedTransformerConfig, run: SimpleNamespace, say: Callable[..., None]
-) -> tuple[int, Step | None]:
-    """Rows of a micro-batch that fit, and a warmed-up step of two of them."""
+) -> int:
+    """Rows of a micro-batch that fit, after a step of two of them; 0 if none do."""
     for micro in map(int, arguments.micro.split(",")):
         warm = make_steps(config, steps=1, sequences=2 * micro, micro_batch=micro, length=arguments.length, seed=9)[0]
         try:
             train_step(run, warm)
             synchronize()
             say("fits", micro_batch=micro, peak_gib=peak_gib())
-            return micro, warm
+            return micro
         except torch.OutOfMemoryError as error:
             say("does not fit", micro_batch=micro, peak_gib=peak_gib(), error=str(error)[:160])
             message = None  # noqa: F841
         run.optimizer.zero_grad()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return 0, None
+    return 0

@@ -45,7 +45,7 @@ def time_variant(arguments: argparse.Namespace, option: dict[str, Any]) -> None:
         key: option[key] for key in ("recompute_every", "recompute", "keep", "precision", "tune") if key in option
     }
     with trainer(config, compile_blocks=option.get("compile", False), **passed) as run:
-        micro, _ = largest_micro_batch(arguments, config, run, say)
+        micro = largest_micro_batch(arguments, config, run, say)
         if not micro:
             return
         count = 2 if arguments.quick else max(3, 49152 // (micro * arguments.length))

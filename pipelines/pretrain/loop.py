@@ -38,7 +38,7 @@ from pipelines.pretrain.mfu import peak_of
 from pipelines.pretrain.mirror import Copying, Mirror, restore
 from pipelines.pretrain.optimizer import make_optimizer, set_learning_rate
 from pipelines.pretrain.parallelize import Ranks, ShardedTransformer, join_ranks, model_of
-from pipelines.pretrain.plan import make_plan, recomputed_blocks
+from pipelines.pretrain.plan import make_plan
 from pipelines.pretrain.recipe import PretrainRecipe, model_config
 from pipelines.pretrain.roll_back import RollBack, target_of
 from pipelines.pretrain.run import (
@@ -97,11 +97,10 @@ def _train(
 ) -> RunResult:
     folder, vocabulary, total = Path(recipe.output), data.vocabulary, recipe.total_steps
     tokenizers = _tokenizers(recipe, data)
-    config = model_config(recipe, vocabulary)
-    model = model_of(recipe, config, ranks)
+    model = model_of(recipe, model_config(recipe, vocabulary), ranks)
     if ranks.first and recipe.memory_gib is not None:
-        again = len(recomputed_blocks(recipe, config, gpus=ranks.world_size))
-        told = f"memory_gib = {recipe.memory_gib:g}: {again} of {config.num_layers} blocks are computed again"
+        again = sum(block.recompute != "none" for block in model.blocks)
+        told = f"memory_gib = {recipe.memory_gib:g}: {again} of {len(model.blocks)} blocks are computed again"
         console.print(told, highlight=False)
     share_codebook_directions(model, vocabulary, recipe.seed)
     optimizer = make_optimizer(model, recipe.optimizer)

@@ -23,7 +23,6 @@ mapped anew, which took as long as decoding."""
 _ONE_CPU = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """Each process is one of the CPUs that the worker has; to Ray that variable says how many these are."""
 
-
 GIVEN_UP = "given up"
 """Said to the process that writes in place of a unit's end; its answer comes when nothing of the unit is left."""
 
